@@ -322,12 +322,17 @@ class Run:
             self.tally.report(self.options, lost)
         status = 2 if self.fault else 1 if lost else 0
         with contextlib.suppress(TimeoutError, Error):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(1 if self.nc.is_connected else 0):
                 # A run that was started at the same moment uses this run's server: let it finish.
                 while self.server and await connections(self.nc) > 1:
                     await asyncio.sleep(0.02)
-                if self.nc.is_connected:
-                    await self.nc.close()
+                await self.nc.close()
+        # asyncio.run() cancels what is left, too, but once only: in Python 3.11 wait_for() can
+        # swallow that, and then the client would go on trying to connect.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.1)
         return status
 
     async def connect(self) -> None:
@@ -368,7 +373,8 @@ class Run:
                 tell("slow consumer: messages come too fast, some are dropped")
             self.tally.dropped += 1
             return
-        self.cause = reason(error)
+        if "password" not in self.cause:  # the next attempt may end less clearly
+            self.cause = reason(error)
         if isinstance(error, Fault):
             self.end(error)
         elif "permissions violation" in self.cause:
