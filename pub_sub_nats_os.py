@@ -35,6 +35,7 @@ HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when
 CONNECT_WITHIN = 2.5  # seconds for the first connection
 SERVER_NAME = "pub_sub_nats_os-"  # and the process id of the run that has started the server
 GIVE_UP_AFTER = 60.0  # seconds without a server later on
+NO_ANSWER = "no answer; is it a NATS server?"
 DRAIN_WITHIN = 3.5  # seconds for the drain after Ctrl-C
 
 
@@ -250,7 +251,7 @@ class Run:
         self.over = asyncio.Event()
         self.confirmed = False
         self.fault: BaseException | None = None
-        self.cause = "no answer"  # of the last failure to connect
+        self.cause = NO_ANSWER  # of the last failure to connect
         self.gone = 0.0  # when the connection broke, by time.monotonic(); 0 while it holds
         self.server: Popen[bytes] | None = None  # if this run has started one
         self.shared = False  # another run has started the server
@@ -321,12 +322,13 @@ class Run:
         if self.working:
             self.tally.report(self.options, lost)
         status = 2 if self.fault else 1 if lost else 0
-        with contextlib.suppress(TimeoutError, Error):
-            async with asyncio.timeout(1 if self.nc.is_connected else 0):
-                # A run that was started at the same moment uses this run's server: let it finish.
-                while self.server and await connections(self.nc) > 1:
-                    await asyncio.sleep(0.02)
-                await self.nc.close()
+        if self.nc.is_connected:
+            with contextlib.suppress(TimeoutError, Error):
+                async with asyncio.timeout(1):
+                    # A run that was started at the same moment uses this server, too.
+                    while self.server and await connections(self.nc) > 1:
+                        await asyncio.sleep(0.02)
+                    await self.nc.close()
         # asyncio.run() cancels what is left, too, but once only: in Python 3.11 wait_for() can
         # swallow that, and then the client would go on trying to connect.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -468,14 +470,14 @@ async def connections(nc: Client) -> int:
 
 def reason(error: Exception) -> str:
     """Return in plain words why a connection failed."""
-    text = str(error) or "no answer; is it a NATS server?"
+    text = str(error) or NO_ANSWER
     if code := re.search(r"\[Errno (\d+)\]", text):
         return os.strerror(int(code[1]))
     if "INFO" in text:
         return "it is not a NATS server"
     if "Authorization" in text:
         return "user or password refused"
-    return text
+    return re.sub(r"^\[.*?\] | \(_ssl.*", "", text)
 
 
 # --- The command line --------------------------------------------------------------------------
