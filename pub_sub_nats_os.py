@@ -59,12 +59,17 @@ def encode(number: int, text: bytes) -> bytes:
 
 def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     """Return process id, number, time in ns, text; number 0 if this program did not write it."""
-    parts = data.split(b" ", 3)
-    if len(parts) == 4:
-        process_id, number, sent, text = parts
-        lengths_fit = 0 < len(process_id) < 11 and 0 < len(number) < 13 and len(sent) == 19
-        if lengths_fit and (process_id + number + sent).isdigit() and int(number):
-            return process_id, int(number), int(sent), text
+    try:
+        process_id, digits, sent, text = data.split(b" ", 3)
+        if (
+            (process_id + digits + sent).isdigit()
+            and 0 < len(process_id) < 11
+            and 0 < (number := int(digits)) < 10**12
+            and len(sent) == 19
+        ):
+            return process_id, number, int(sent), text
+    except ValueError:  # not four words, or no number at all
+        pass
     return b"", 0, 0, data
 
 
@@ -502,6 +507,7 @@ GROUP = matching(r"[^ ]{1,1000}", "the name of a queue group, like workers")
 URL = r"(nats|tls|wss?)://([^ ,@/]*@)?([^ ,@/:\[\]]+|\[[^ ,@/\[\]]+\])(:\d{1,5})?(/[^ ,]*)?"
 SERVERS = matching(rf"{URL}(,{URL})*", "a list of nats://, tls://, ws:// or wss:// URLs")
 
+SERVER_HELP = f"or NATS_URL; if neither, what answers at {HOST}:{PORT}, or a server of its own"
 EXAMPLES = """examples:
   pub_sub_nats_os.py                                 5 messages, in one process
   pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
@@ -526,14 +532,14 @@ def arguments() -> Namespace:
     url = os.environ.get("NATS_URL") or None
     text = "Hello, NATS!"
     add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
-    add("-s", "--server", type=SERVERS, default=url, metavar="URL[,URL...]", help="or NATS_URL")
+    add("-s", "--server", type=SERVERS, default=url, metavar="URL[,URL...]", help=SERVER_HELP)
     add("--subject", type=SUBJECT, default="greetings", help="a subscriber may use * and >")
-    add("-c", "--count", type=COUNT, metavar="N", help="publish N messages; end after receiving N")
-    add("-i", "--interval", type=SECONDS, metavar="SECONDS", default=0.5, help="0: no pause")
+    add("-c", "--count", type=COUNT, metavar="N", help="publish N (5); end after receiving N")
+    add("-i", "--interval", type=SECONDS, metavar="SECONDS", default=0.5, help="between messages")
     add("-m", "--message", metavar="TEXT", default=text, help="what to say")
     add("-n", "--subscribers", type=COUNT, metavar="N", default=1, help="how many to start")
-    add("--queue", type=GROUP, metavar="GROUP", help="share the messages in a queue group")
-    add("--work", type=SECONDS, metavar="SECONDS", default=0.0, help="to work on each message")
+    add("--queue", type=GROUP, metavar="GROUP", help="share the messages in this queue group")
+    add("--work", type=SECONDS, metavar="SECONDS", default=0.0, help="the work on each message")
     add("-q", "--quiet", action="store_true", help="only the statistics")
     options = parser.parse_args()
     if options.role == "publish":

@@ -40,7 +40,8 @@ class Program:
     """The running script, whose lines can be waited for."""
 
     def __init__(self, *args: str, code: str = "", **popen: Any) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "NATS_URL"}
+        ours = ("NATS_URL", "PYTHONUNBUFFERED")  # what would change how the script behaves
+        environment = {k: v for k, v in os.environ.items() if k not in ours}
         environment |= popen.pop("env", {})
         start = ["-c", f"import json, sys, pub_sub_nats_os as script; {code}"] if code else [SCRIPT]
         self.process = subprocess.Popen(
@@ -604,12 +605,12 @@ def test_first_signal_bounds_a_drain_that_is_under_way(process: Server, program:
 
 
 def test_second_signal_ends_at_once_and_ends_the_server(port_4222: None, program: Start) -> None:
-    running = program("-i", "0", "-c", "50", "--work", "30")
-    running.wait_for("<- greetings #1 ")
+    running = program("-i", "0", "-c", "50", "--work", "30", "-n", "2")
+    running.wait_for("<- greetings #1 ", times=2)
     running.signal(signal.SIGINT)
     running.signal(signal.SIGTERM)
     assert running.end(within=2) == 1
-    assert running.count("^50 sent, 1 received, 49 lost in") == 1
+    assert running.count("^50 sent, 2 received, 98 lost in") == 1
     assert not port_answers(script.PORT)
 
 
@@ -648,6 +649,22 @@ def test_two_runs_at_the_same_moment_both_work(port_4222: None, program: Start) 
     assert [each.end() for each in runs] == [0, 0], [each.err for each in runs]
     assert all(each.count("^4 sent, [4-8] received, 0 lost") == 1 for each in runs)
     assert sum(each.count("server started") for each in runs) == 1
+    assert not port_answers(script.PORT)
+
+
+def test_server_outlives_its_run_for_another_one_that_is_about_to_end(
+    port_4222: None, program: Start
+) -> None:
+    running = program("-c", "2", "-i", "0.5")
+    running.wait_for("listening")
+    with socket.create_connection((script.HOST, script.PORT), TIMEOUT) as another:
+        another.sendall(b"CONNECT {}\r\n")
+        running.wait_for("^delay")
+        for _ in range(10):
+            another.sendall(b"PING\r\n")
+            assert b"P" in another.recv(10_000)
+            time.sleep(0.01)
+    assert running.end(within=3) == 0
     assert not port_answers(script.PORT)
 
 
@@ -880,6 +897,9 @@ def test_ctrl_c_without_an_answering_server_ends_in_five_seconds(program: Start)
         for running in runs:
             running.end(within=5)
             assert running.count("^--- ") == 1, running.out
+        for publisher in runs[1], runs[4]:  # it can't know whether all that it sent has arrived
+            assert publisher.process.returncode == 2
+            assert publisher.count("^error: .* confirmed") == 1
 
 
 def test_passwords_work_and_are_never_shown(program: Start, run: Start) -> None:
