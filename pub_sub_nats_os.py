@@ -22,6 +22,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from subprocess import DEVNULL, Popen
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
@@ -369,9 +370,9 @@ class Run:
                     # 2 MiB is no faster, and a message is a hundred times as long on its way.
                     pending_size=16 * 1024,
                 )
-        except TimeoutError:
+        except (TimeoutError, Error) as error:
             places = ", ".join(urlsplit(url).netloc.rpartition("@")[2] for url in urls)
-            raise Fault(f"no connection to {places}: {self.cause}") from None
+            raise Fault(f"no connection to {places}: {str(error) or self.cause}") from None
 
     async def on_error(self, error: Exception) -> None:
         """Hear from the client what its exceptions do not say."""
@@ -417,7 +418,8 @@ class Run:
         found = await server_name()
         if found is None:
             if self.options.role == "publish":
-                raise Fault("no server: start a subscriber first, or `docker compose up -d`")
+                start = "start a subscriber first, or `docker compose up -d`"
+                raise Fault(f"no server at {HOST}:{PORT}: {start}")
             # pip has put it beside the interpreter, which need not be on PATH.
             program = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
             program = program or shutil.which("nats-server")
@@ -553,6 +555,8 @@ def arguments() -> Namespace:
 
 def main() -> int:
     """Run the program; return its exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):  # it is None where it has been closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have all characters
     return asyncio.run(Run(arguments()).run())
 
 

@@ -496,6 +496,11 @@ def test_message_text_is_shown_without_control_characters(process: Server, run: 
     assert done.count(r"#1 bell\\x07 \\x1b\[31m\\nred ") == 2
 
 
+def test_characters_that_the_output_lacks_are_no_error(process: Server, run: Start) -> None:
+    done = run("-s", process.url, "-c", "1", "-m", "é", env={"PYTHONIOENCODING": "ascii"})
+    assert done.process.returncode == 0 and done.count(r"#1 \\xe9") == 2
+
+
 def test_slow_consumer_is_told_once_and_counted(server: Server, program: Start, run: Start) -> None:
     code = f"script.DRAIN_WITHIN = 1; {MAIN}"
     slow = program("subscribe", "-s", server.url, "--work", "60", code=code)
