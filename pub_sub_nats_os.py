@@ -37,7 +37,7 @@ CONNECT_WITHIN = 2.5  # seconds for the first connection
 SERVER_NAME = "pub_sub_nats_os-"  # and the process id of the run that has started the server
 GIVE_UP_AFTER = 60.0  # seconds without a server later on
 NO_ANSWER = "no answer; is it a NATS server?"
-DRAIN_WITHIN = 3.5  # seconds for the drain after Ctrl-C
+DRAIN_WITHIN = 3.0  # seconds for the drain after Ctrl-C
 
 
 class Fault(Exception):
@@ -93,7 +93,7 @@ async def publish(nc: Client, options: Namespace, tally: Tally) -> None:
         raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
     tally.began = time.time_ns()
     for number in range(1, options.count + 1):
-        while not nc.is_connected:
+        while not nc.is_connected:  # a message that is sent now would only fill the client's buffer
             await asyncio.sleep(0.01)
         tally.sent = number
         await nc.publish(options.subject, encode(number, text))
@@ -111,7 +111,7 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, name: str) -> 
     async def on_message(msg: Msg) -> None:
         now = time.time_ns()
         if not tally.left:
-            return
+            return  # it was under way when the last one that was wanted came
         tally.left -= 1
         tally.ended = now
         process_id, number, sent, text = decode(msg.data)
@@ -297,7 +297,7 @@ class Run:
             await confirm(nc)  # the server has had our messages, and so has sent us our copies
         self.confirmed = True
         # Drain: unsubscribe, then wait until every message received has been worked on.
-        drains = [subscription.drain() for subscription in self.subscriptions]  # type: ignore[no-untyped-call]
+        drains = (subscription.drain() for subscription in self.subscriptions)  # type: ignore[no-untyped-call]
         await asyncio.gather(*drains)
         if tally.sent:
             tally.ended = time.time_ns()

@@ -137,8 +137,8 @@ def free_port() -> int:
 class Server:
     """A nats-server of the requirements, on a free port of 127.0.0.1."""
 
-    def __init__(self, *options: str) -> None:
-        self.port = free_port()
+    def __init__(self, *options: str, port: int = 0) -> None:
+        self.port = port or free_port()
         self.options = options
         self.url = f"nats://127.0.0.1:{self.port}"
 
@@ -207,13 +207,14 @@ class Container(Server):
     def end(self) -> None:
         self.compose("down")
 
-    def compose(self, *arguments: str) -> None:
-        project = ["docker", "compose", "-p", f"pub_sub_nats_os_{os.getpid()}"]
+    def compose(self, *arguments: str) -> str:
+        project = ["docker", "compose", "-p", f"pub_sub_nats_os_{self.port}"]
         environment = os.environ | {"NATS_PORT": str(self.port)}
         done = subprocess.run(
             [*project, *arguments], cwd=HERE, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -237,8 +238,8 @@ def process() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def container() -> Iterator[Server]:
-    """One container for the whole run; without an engine, why there is none."""
+def engine() -> None:
+    """Skip without a Docker Engine and Compose, and say why; fail if they are required."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         try:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -250,6 +251,11 @@ def container() -> Iterator[Server]:
             if os.environ.get("REQUIRE_CONTAINER") == "1":
                 pytest.fail(why)
             pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def container(engine: None) -> Iterator[Server]:
+    """One container for the whole run."""
     with Container() as server:
         yield server
 
@@ -636,6 +642,29 @@ def test_full_disk_is_an_error(process: Server, run: Start) -> None:
 
 
 # --- The server ----------------------------------------------------------------------------------
+
+
+def test_container_is_used_with_no_option(engine: None, port_4222: None, program: Start) -> None:
+    with Container(port=script.PORT) as container:
+        running = program("-i", "0.05", "-c", "9999")
+        running.wait_for("<- greetings #3 ")
+        container.restart()
+        running.wait_for("reconnected")
+        running.wait_for("<-", times=running.count("<-") + 3)
+        running.signal(signal.SIGINT)
+        assert running.end(within=2) in (0, 1)
+    assert running.count("disconnected") == 1 and running.count("server started") == 0
+
+
+def test_container_serves_this_machine_only_and_has_no_privilege(container: Container) -> None:
+    ids = container.compose("ps", "-q").split()
+    inspect = subprocess.run(["docker", "inspect", *ids], capture_output=True, check=True)
+    [host] = [each["HostConfig"] for each in json.loads(inspect.stdout)]
+    assert {b["HostIp"] for bindings in host["PortBindings"].values() for b in bindings} == {
+        "127.0.0.1"
+    }
+    assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"] and 0 < host["Memory"] <= 2**28
 
 
 def test_second_run_finds_the_server_of_the_first(
