@@ -339,7 +339,7 @@ def test_queue_group_shares_the_messages(server: Server, run: Start) -> None:
 def test_two_processes(server: Server, program: Start, run: Start) -> None:
     subscriber = program("subscribe", "-s", server.url, "-c", "3")
     subscriber.wait_for("listening")
-    publisher = run("publish", "-c", "3", "-m", "Hi ✓", env={"NATS_URL": server.url})
+    publisher = run("publish", "-c", "3", "-i", "0.05", "-m", "Hi ✓", env={"NATS_URL": server.url})
     assert subscriber.end() == 0
     assert publisher.process.returncode == 0
     assert publisher.count("^3 sent in ") == 1 and publisher.count("received|delay") == 0
@@ -385,7 +385,7 @@ def slow_way(process: Server) -> Iterator[str]:
         upstream = socket.create_connection(("127.0.0.1", process.port))
         threading.Thread(target=back, args=(upstream, client), daemon=True).start()
         for line in client.makefile("rb"):
-            time.sleep(0.1)
+            time.sleep(0.05)
             upstream.sendall(line)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -705,7 +705,7 @@ def test_server_outlives_its_run_for_another_one_that_is_about_to_end(
 def test_run_that_uses_the_server_of_a_shorter_one_goes_on(port_4222: None, program: Start) -> None:
     short = program("subscribe", "-c", "1")
     short.wait_for("listening")
-    long = program("-c", "12", "-i", "0.1")
+    long = program("-c", "12", "-i", "0.05")
     assert short.end() == 0
     assert long.end() in (0, 1)
     assert long.count("server started") == 1 and long.count("reconnected") == 1
