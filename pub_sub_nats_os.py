@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -425,7 +424,7 @@ class Run:
                 start = "start a subscriber first, or `docker compose up -d`"
                 raise Fault(f"no server at {HOST}:{PORT}: {start}")
             # pip has put it beside the interpreter, which need not be on PATH.
-            program = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
+            program = shutil.which("nats-server", path=os.path.dirname(sys.executable))
             program = program or shutil.which("nats-server")
             if not program:
                 raise Fault("no nats-server program: `pip install -r requirements.txt` brings it")

@@ -741,7 +741,7 @@ def test_own_server_that_dies_ends_the_run_with_the_statistics(
 def test_no_server_program_is_an_error_that_says_what_to_install(
     port_4222: None, run: Start
 ) -> None:
-    code = f"script.sysconfig.get_path = lambda _: '/none'; {MAIN}"
+    code = f"sys.executable = '/none/python'; {MAIN}"
     done = run(code=code, env={"PATH": ""})
     assert done.process.returncode == 2 and done.out == []
     assert len(done.err) == 1 and "pip install -r requirements.txt" in done.err[0]
