@@ -32,11 +32,11 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error, SlowConsumerError
 
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
+SERVER_NAME = "pub_sub_nats_os-"  # of a started one; the process id of its run follows
 CONNECT_WITHIN = 2.5  # seconds for the first connection
-SERVER_NAME = "pub_sub_nats_os-"  # and the process id of the run that has started the server
 GIVE_UP_AFTER = 60.0  # seconds without a server later on
-NO_ANSWER = "no answer; is it a NATS server?"
 DRAIN_WITHIN = 3.0  # seconds for the drain after Ctrl-C
+NO_ANSWER = "no answer; is it a NATS server?"
 
 
 class Fault(Exception):
@@ -276,7 +276,9 @@ class Run:
         try:
             over = asyncio.create_task(self.over.wait())
             await asyncio.wait({self.exchanging, over}, return_when=asyncio.FIRST_COMPLETED)
-            return await self.conclude()
+            status = self.conclude()
+            await self.close()
+            return status
         finally:
             self.stop_server()
 
@@ -298,8 +300,6 @@ class Run:
         # Drain: unsubscribe, then wait until every message received has been worked on.
         drains = (subscription.drain() for subscription in self.subscriptions)  # type: ignore[no-untyped-call]
         await asyncio.gather(*drains)
-        if tally.sent:
-            tally.ended = time.time_ns()
 
     def end(self, fault: Fault | None = None) -> None:
         """Stop publishing and drain; at a fault, or when called again, end at once."""
@@ -310,8 +310,10 @@ class Run:
             self.working.cancel()
         asyncio.get_running_loop().call_later(drain_within, self.over.set)
 
-    async def conclude(self) -> int:
-        """Print the statistics, close the connection, return the exit status."""
+    def conclude(self) -> int:
+        """Print what there is to say at the end; return the exit status."""
+        if self.tally.sent:
+            self.tally.ended = time.time_ns()
         lost = self.tally.lost(self.options)
         if self.tally.dropped:
             tell(f"slow consumer: {self.tally.dropped} messages dropped")
@@ -326,21 +328,23 @@ class Run:
             tell(f"error: {str(self.fault) or repr(self.fault)}")
         if self.working:
             self.tally.report(self.options, lost)
-        status = 2 if self.fault else 1 if lost else 0
+        return 2 if self.fault else 1 if lost else 0
+
+    async def close(self) -> None:
+        """Close the connection, and end whatever the client still does."""
         if self.nc.is_connected:
             with contextlib.suppress(TimeoutError, Error):
                 async with asyncio.timeout(1):
-                    # A run that was started at the same moment uses this server, too.
+                    # A run that was started at the same moment uses this run's server: wait for it.
                     while self.server and await connections(self.nc) > 1:
                         await asyncio.sleep(0.02)
                     await self.nc.close()
-        # asyncio.run() cancels what is left, too, but once only: in Python 3.11 wait_for() can
-        # swallow that, and then the client would go on trying to connect.
+        # asyncio.run() cancels what is left, but only once: in Python 3.11 wait_for() can swallow
+        # that, and the client would try to connect for ever.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=0.1)
-        return status
 
     async def connect(self) -> None:
         """Connect to a server; raise Fault with the true cause if that takes too long."""
@@ -393,7 +397,10 @@ class Run:
         elif self.gone and self.server and self.server.poll() is not None:
             self.end(Fault("the nats-server that this program started has ended"))
         elif self.gone and self.shared and self.options.role != "publish":
-            await self.find_server()
+            try:
+                await self.find_server()
+            except Fault as fault:
+                self.end(fault)
         elif self.gone and time.monotonic() > self.gone + GIVE_UP_AFTER:
             self.end(Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}"))
 

@@ -705,11 +705,11 @@ def test_server_outlives_its_run_for_another_one_that_is_about_to_end(
 def test_run_that_uses_the_server_of_a_shorter_one_goes_on(port_4222: None, program: Start) -> None:
     short = program("subscribe", "-c", "1")
     short.wait_for("listening")
-    long = program("-c", "12", "-i", "0.05")
+    long = program("-c", "18", "-i", "0.1")  # the short one waits 1 s for it
     assert short.end() == 0
     assert long.end() in (0, 1)
     assert long.count("server started") == 1 and long.count("reconnected") == 1
-    assert long.count("<- greetings #12 ") == 1
+    assert long.count("<- greetings #18 ") == 1
     assert not port_answers(script.PORT)
 
 
