@@ -276,7 +276,11 @@ class Run:
         try:
             over = asyncio.create_task(self.over.wait())
             await asyncio.wait({self.exchanging, over}, return_when=asyncio.FIRST_COMPLETED)
-            status = self.conclude()
+            try:
+                status = self.conclude()
+            except Fault as fault:  # the statistics can't be written
+                tell(f"error: {fault}")
+                status = 2
             await self.close()
             return status
         finally:
@@ -336,7 +340,10 @@ class Run:
             with contextlib.suppress(TimeoutError, Error):
                 async with asyncio.timeout(1):
                     # A run that was started at the same moment uses this run's server: wait for it.
-                    while self.server and await connections(self.nc) > 1:
+                    while self.server:
+                        reply = await self.nc.request("$SYS.REQ.SERVER.PING.CONNZ")
+                        if json.loads(reply.data)["data"]["num_connections"] == 1:
+                            break
                         await asyncio.sleep(0.02)
                     await self.nc.close()
         # asyncio.run() cancels what is left, but only once: in Python 3.11 wait_for() can swallow
@@ -477,12 +484,6 @@ async def server_name() -> str | None:
     writer.close()
     name = re.search(rb'"server_name":"([^"]*)"', info)
     return name[1].decode(errors="replace") if name else ""
-
-
-async def connections(nc: Client) -> int:
-    """Return how many clients the server has, this one included."""
-    reply = await nc.request("$SYS.REQ.SERVER.PING.CONNZ")
-    return int(json.loads(reply.data)["data"]["num_connections"])
 
 
 def reason(error: Exception) -> str:

@@ -634,9 +634,10 @@ def test_closed_pipe_ends_quietly(port_4222: None) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-def test_full_disk_is_an_error(process: Server, run: Start) -> None:
+@pytest.mark.parametrize("arguments", [[], ["-q", "-c", "1"]], ids=["lines", "statistics"])
+def test_full_disk_is_an_error(process: Server, run: Start, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = run("-s", process.url, stdout=full)
+        done = run("-s", process.url, *arguments, stdout=full)
     assert done.process.returncode == 2
     assert done.err == ["error: can't write the output: No space left on device"]
 
