@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import trustme
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pub_sub_nats_os as script
@@ -542,6 +542,11 @@ ANYTHING = st.binary() | st.lists(
 ).map(b" ".join)
 
 
+# On a busy machine an example may take its time.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@patient
 @given(number=st.integers(1, 10**12 - 1), text=ANYTHING)
 def test_what_was_written_is_read(number: int, text: bytes) -> None:
     before = time.time_ns()
@@ -550,6 +555,7 @@ def test_what_was_written_is_read(number: int, text: bytes) -> None:
     assert before <= sent <= time.time_ns()
 
 
+@patient
 @given(data=ANYTHING)
 def test_whatever_comes_can_be_read_and_shown(data: bytes) -> None:
     process_id, number, _, text = script.decode(data)
