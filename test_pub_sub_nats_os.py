@@ -377,16 +377,18 @@ def slow_way(process: Server) -> Iterator[str]:
     """The URL of a way to the server on which each line takes its time."""
 
     def back(upstream: socket.socket, client: socket.socket) -> None:
-        while data := upstream.recv(65536):
-            client.sendall(data)
+        with contextlib.suppress(OSError):  # the script may close first
+            while data := upstream.recv(65536):
+                client.sendall(data)
 
     def forward() -> None:
         client = listener.accept()[0]
         upstream = socket.create_connection(("127.0.0.1", process.port))
         threading.Thread(target=back, args=(upstream, client), daemon=True).start()
-        for line in client.makefile("rb"):
-            time.sleep(0.05)
-            upstream.sendall(line)
+        with contextlib.suppress(OSError):
+            for line in client.makefile("rb"):
+                time.sleep(0.05)
+                upstream.sendall(line)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=forward, daemon=True).start()
