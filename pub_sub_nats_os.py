@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -20,9 +19,9 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
-from subprocess import DEVNULL, Popen
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
@@ -32,7 +31,6 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error, SlowConsumerError
 
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
-SERVER_NAME = "pub_sub_nats_os-"  # of a started one; the process id of its run follows
 CONNECT_WITHIN = 2.5  # seconds for the first connection
 GIVE_UP_AFTER = 60.0  # seconds without a server later on
 DRAIN_WITHIN = 3.0  # seconds for the drain after Ctrl-C
@@ -50,6 +48,7 @@ class Fault(Exception):
 # Core NATS delivers at most once, and tells nobody of a message that it could not deliver: only a
 # gap in the numbers shows the loss.
 PROCESS_ID = b"%d" % os.getpid()
+NUMBERED = re.compile(rb"(\d{1,10}) ([1-9]\d{0,11}) (\d{19}) (.*)", re.DOTALL)
 
 
 def encode(number: int, text: bytes) -> bytes:
@@ -59,17 +58,9 @@ def encode(number: int, text: bytes) -> bytes:
 
 def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     """Return process id, number, time in ns, text; number 0 if this program did not write it."""
-    try:
-        process_id, digits, sent, text = data.split(b" ", 3)
-        if (
-            (process_id + digits + sent).isdigit()
-            and 0 < len(process_id) < 11
-            and 0 < (number := int(digits)) < 10**12
-            and len(sent) == 19
-        ):
-            return process_id, number, int(sent), text
-    except ValueError:  # not four words, or no number at all
-        pass
+    if match := NUMBERED.fullmatch(data):
+        process_id, number, sent, text = match.groups()
+        return process_id, int(number), int(sent), text
     return b"", 0, 0, data
 
 
@@ -84,42 +75,40 @@ def display(text: bytes) -> str:
 # --- The publisher and the subscribers ---------------------------------------------------------
 
 
-async def publish(nc: Client, options: Namespace, tally: Tally) -> None:
+async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
     """Publish the messages, one each interval, without waiting for any subscriber."""
     text = os.fsencode(options.message)
     size = len(encode(options.count, text))
     if size > nc.max_payload:
         raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
     tally.began = time.time_ns()
-    for number in range(1, options.count + 1):
-        while not nc.is_connected:  # a message that is sent now would only fill the client's buffer
+    while tally.sent < options.count and not stop.is_set():
+        if not nc.is_connected:  # a message that is sent now would only fill the client's buffer
             await asyncio.sleep(0.01)
-        tally.sent = number
-        await nc.publish(options.subject, encode(number, text))
+            continue
+        tally.sent += 1
+        await nc.publish(options.subject, encode(tally.sent, text))
         if not options.quiet:
-            say(f"publisher  -> {options.subject} #{number} {display(text)}")
-        if options.interval and number < options.count:
-            await asyncio.sleep(options.interval)
+            say(f"publisher  -> {options.subject} #{tally.sent} {display(text)}")
+        if options.interval and tally.sent < options.count:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), options.interval)
 
 
-async def subscribe(nc: Client, options: Namespace, tally: Tally, name: str) -> Subscription:
+async def subscribe(
+    nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event, name: str
+) -> Subscription:
     """Start a subscriber; return its subscription as soon as the server has it."""
-    flows: dict[bytes, Flow] = {}
+    wanted = options.count if options.role == "subscribe" else None
     quiet, work = options.quiet, options.work
 
     async def on_message(msg: Msg) -> None:
+        """Show a message, and count it."""
         now = time.time_ns()
-        if not tally.left:
+        if tally.received == wanted:
             return  # it was under way when the last one that was wanted came
-        tally.left -= 1
-        tally.ended = now
         process_id, number, sent, text = decode(msg.data)
-        flow = flows.get(process_id)
-        if flow is None or number == 1:  # 1 again: a new process with an old id, as in containers
-            flow = flows[process_id] = Flow(process_id, number)
-            tally.flows.append(flow)
-            tally.began = tally.began or now
-        flow.add(number, now - sent)
+        tally.add(name, process_id, number, sent, now)
         if not quiet:
             mark = f" #{number}" if number else ""
             origin = f" ({(now - sent) / 1e6:.2f} ms from process {process_id.decode()})"
@@ -127,8 +116,8 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, name: str) -> 
             say(f"{name} <- {subject}{mark} {display(text)}{origin if number else ''}")
         if work:
             await asyncio.sleep(work)
-        if not tally.left:
-            tally.enough.set()
+        if tally.received == wanted:
+            stop.set()
 
     # With a callback: `async for msg in subscription.messages` takes three times as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
@@ -154,71 +143,70 @@ async def confirm(nc: Client) -> None:
 
 
 @dataclass(slots=True)
-class Flow:
-    """What one subscriber has received from one publisher; delays in ns."""
+class Tally:
+    """What this process has sent and received; times in ns since 1970, delays in ns."""
 
-    process_id: bytes
-    first: int
-    last: int = 0
-    count: int = 0
+    sent: int = 0
+    received: int = 0
+    numbered: int = 0  # of them, by this program
+    own: int = 0  # of them, by this very process
+    gaps: int = 0  # missing between the first and the last number of each publisher
+    dropped: int = 0  # by the client, as a slow consumer
+    began: int = 0
+    ended: int = 0
     delays: int = 0
     shortest: int = 2**63
     longest: int = -(2**63)
+    expected: dict[tuple[str, bytes], int] = field(default_factory=dict)
 
-    def add(self, number: int, delay: int) -> None:
-        """Count a message."""
-        self.count += 1
-        if number > self.last:
-            self.last = number
+    def add(self, subscriber: str, process_id: bytes, number: int, sent: int, now: int) -> None:
+        """Count a message that a subscriber has received."""
+        self.began = self.began or now
+        self.ended = now
+        self.received += 1
+        if not number:
+            return
+        flow = subscriber, process_id
+        expected = self.expected.get(flow, number)
+        if number < expected and number > 1:
+            self.gaps -= 1  # it was overtaken, as in a cluster whose servers change
+        else:
+            if number > expected:
+                self.gaps += number - expected
+            self.expected[flow] = number + 1
+        self.numbered += 1
+        if process_id == PROCESS_ID:
+            self.own += 1
+        delay = now - sent
         self.delays += delay
         if delay < self.shortest:
             self.shortest = delay
         if delay > self.longest:
             self.longest = delay
 
-
-@dataclass(slots=True)
-class Tally:
-    """What this process has sent and received; times in ns since 1970."""
-
-    left: int = -1  # messages to receive before the end; below 0 there is no such end
-    enough: asyncio.Event = field(default_factory=asyncio.Event)
-    sent: int = 0
-    dropped: int = 0
-    began: int = 0
-    ended: int = 0
-    flows: list[Flow] = field(default_factory=list)
-
-    def lost(self, options: Namespace) -> int:
+    def lost(self, options: Namespace, abandoned: int) -> int:
         """Return how many messages are known to be lost."""
         if options.role == "both":
             copies = 1 if options.queue else options.subscribers
-            own = sum(flow.count for flow in self.flows if flow.process_id == PROCESS_ID)
-            return max(0, copies * self.sent - own)
-        if options.queue:  # a member does not know which numbers the other members have received
-            return self.dropped
-        gaps = sum(max(0, flow.last - flow.first + 1 - flow.count) for flow in self.flows)
-        return max(gaps, self.dropped)
+            return max(0, copies * self.sent - self.own)
+        # A member of a queue group does not know which numbers the other members have received.
+        return max(0 if options.queue else self.gaps, self.dropped) + abandoned
 
     def report(self, options: Namespace, lost: int) -> None:
         """Print the statistics, as ping does."""
-        received = sum(flow.count for flow in self.flows)
-        counts = []
-        if options.role != "subscribe":
-            counts.append(f"{self.sent} sent")
-        if options.role != "publish":
-            counts.append(f"{received} received")
-        if options.role == "both" or (options.role == "subscribe" and not options.queue):
-            counts.append(f"{lost} lost")
-        seconds = max(0, self.ended - self.began) / 1e9
-        rate = (self.sent or received) / seconds if seconds else 0
+        counts = {
+            "both": f"{self.sent} sent, {self.received} received, {lost} lost",
+            "publish": f"{self.sent} sent",
+            "subscribe": f"{self.received} received" + f", {lost} lost" * (not options.queue),
+        }
+        ended = self.ended if options.role == "subscribe" else time.time_ns()
+        seconds = max(0, ended - self.began) / 1e9
+        rate = (self.sent or self.received) / seconds if seconds else 0
         say(f"--- {options.subject} ---")
-        say(f"{', '.join(counts)} in {seconds:.2f} s ({rate:.0f} msg/s)")
-        if flows := [flow for flow in self.flows if flow.first]:
-            shortest = min(flow.shortest for flow in flows) / 1e6
-            average = sum(flow.delays for flow in flows) / sum(flow.count for flow in flows) / 1e6
-            longest = max(flow.longest for flow in flows) / 1e6
-            say(f"delay min/avg/max {shortest:.2f}/{average:.2f}/{longest:.2f} ms")
+        say(f"{counts[options.role]} in {seconds:.2f} s ({rate:.0f} msg/s)")
+        if self.numbered:
+            delays = self.shortest, self.delays / self.numbered, self.longest
+            say("delay min/avg/max " + "/".join(f"{delay / 1e6:.2f}" for delay in delays) + " ms")
 
 
 def say(line: str) -> None:
@@ -236,7 +224,7 @@ def say(line: str) -> None:
 def tell(line: str) -> None:
     """Print an event or an error, with no password of a URL in it."""
     line = re.sub(r"//.*@|\S+@", "***@", line)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         print(display(os.fsencode(line)), file=sys.stderr, flush=True)
 
 
@@ -248,104 +236,85 @@ class Run:
 
     def __init__(self, options: Namespace) -> None:
         self.options = options
-        self.tally = Tally(options.count or -1 if options.role == "subscribe" else -1)
+        self.tally = Tally()
+        self.stop = asyncio.Event()  # no more messages are wanted
         self.nc = Client()
         self.subscriptions: list[Subscription] = []
-        self.working: asyncio.Task[Any] | None = None
-        self.ending = False
-        self.over = asyncio.Event()
-        self.confirmed = False
-        self.fault: BaseException | None = None
-        self.cause = NO_ANSWER  # of the last failure to connect
+        self.connected = False  # the first time
         self.gone = 0.0  # when the connection broke, by time.monotonic(); 0 while it holds
-        self.server: Popen[bytes] | None = None  # if this run has started one
-        self.shared = False  # another run has started the server
+        self.cause = NO_ANSWER  # of the last failure to connect
+        self.fault: Exception | None = None
+        self.server: subprocess.Popen[bytes] | None = None  # if this run has started one
 
     async def run(self) -> int:
         """Return the exit status: 0, nothing lost; 1, something lost; 2, could not do it."""
         loop = asyncio.get_running_loop()
 
         def on_signal(*_: object) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: all is done
                 loop.call_soon_threadsafe(self.end)
 
         # Windows has no SIGHUP, and no loop.add_signal_handler().
         for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
             signal.signal(getattr(signal, name), on_signal)
-        self.exchanging = asyncio.create_task(self.exchange())
+        exchanging = asyncio.create_task(self.exchange())
+        self.over: asyncio.Future[None] = loop.create_future()
+        await asyncio.wait({exchanging, self.over}, return_when=asyncio.FIRST_COMPLETED)
+        abandoned = sum(subscription.pending_msgs for subscription in self.subscriptions)
+        lost = self.tally.lost(self.options, abandoned)
+        if self.tally.dropped:
+            tell(f"slow consumer: {self.tally.dropped} messages dropped")
+        if abandoned:
+            tell(f"{abandoned} messages were received, but not worked on")
         try:
-            over = asyncio.create_task(self.over.wait())
-            await asyncio.wait({self.exchanging, over}, return_when=asyncio.FIRST_COMPLETED)
-            try:
-                status = self.conclude()
-            except Fault as fault:  # the statistics can't be written
-                tell(f"error: {fault}")
-                status = 2
-            await self.close()
-            return status
-        finally:
-            self.stop_server()
+            if self.connected:
+                self.tally.report(self.options, lost)
+            exchanging.result()
+        except asyncio.InvalidStateError:  # it is not done
+            if not lost:
+                self.fault = self.fault or Fault("ended before the drain was done")
+        except Exception as error:
+            self.fault = self.fault or error
+        if self.fault:
+            tell(f"error: {str(self.fault) or repr(self.fault)}")
+        await self.close()
+        return 2 if self.fault else 1 if lost else 0
 
     async def exchange(self) -> None:
         """Connect, start the subscribers, publish, drain."""
-        options, tally, nc = self.options, self.tally, self.nc
+        nc, options, tally, stop = self.nc, self.options, self.tally, self.stop
         await self.connect()
+        self.connected = True
         for n in range(1, options.subscribers + 1):
             name = f"subscriber {n}" if options.subscribers > 1 else "subscriber"
-            self.subscriptions.append(await subscribe(nc, options, tally, name))
-        work = tally.enough.wait() if options.role == "subscribe" else publish(nc, options, tally)
-        self.working = asyncio.create_task(work)
-        await asyncio.wait({self.working})
-        if not self.working.cancelled():
-            self.working.result()
-        if tally.sent:
-            await confirm(nc)  # the server has had our messages, and so has sent us our copies
-        self.confirmed = True
+            self.subscriptions.append(await subscribe(nc, options, tally, stop, name))
+        if options.role == "subscribe":
+            await stop.wait()
+        else:
+            await publish(nc, options, tally, stop)
+        await confirm(nc)  # the server has had our messages, and so has sent us our copies
         # Drain: unsubscribe, then wait until every message received has been worked on.
         drains = (subscription.drain() for subscription in self.subscriptions)  # type: ignore[no-untyped-call]
         await asyncio.gather(*drains)
 
     def end(self, fault: Fault | None = None) -> None:
         """Stop publishing and drain; at a fault, or when called again, end at once."""
-        drain_within = DRAIN_WITHIN if self.working and not self.ending and not fault else 0
-        self.ending = True
+        at_once = fault or self.stop.is_set() or not self.connected
+        self.stop.set()
         self.fault = self.fault or fault
-        if self.working:
-            self.working.cancel()
-        asyncio.get_running_loop().call_later(drain_within, self.over.set)
-
-    def conclude(self) -> int:
-        """Print what there is to say at the end; return the exit status."""
-        if self.tally.sent:
-            self.tally.ended = time.time_ns()
-        lost = self.tally.lost(self.options)
-        if self.tally.dropped:
-            tell(f"slow consumer: {self.tally.dropped} messages dropped")
-        if abandoned := sum(subscription.pending_msgs for subscription in self.subscriptions):
-            tell(f"{abandoned} messages were received, but not worked on")
-            lost = max(lost, abandoned) if self.options.role == "both" else lost + abandoned
-        if self.exchanging.done():
-            self.fault = self.fault or self.exchanging.exception()
-        elif not self.confirmed and not lost:
-            self.fault = self.fault or Fault("ended before the server had confirmed everything")
-        if self.fault:
-            tell(f"error: {str(self.fault) or repr(self.fault)}")
-        if self.working:
-            self.tally.report(self.options, lost)
-        return 2 if self.fault else 1 if lost else 0
+        # The client can swallow the cancellation of what waits for it: nothing waits for that.
+        asyncio.get_running_loop().call_later(0 if at_once else DRAIN_WITHIN, self.over.cancel)
 
     async def close(self) -> None:
-        """Close the connection, and end whatever the client still does."""
-        if self.nc.is_connected:
-            with contextlib.suppress(TimeoutError, Error):
-                async with asyncio.timeout(1):
-                    # A run that was started at the same moment uses this run's server: wait for it.
-                    while self.server:
-                        reply = await self.nc.request("$SYS.REQ.SERVER.PING.CONNZ")
-                        if json.loads(reply.data)["data"]["num_connections"] == 1:
-                            break
-                        await asyncio.sleep(0.02)
-                    await self.nc.close()
+        """End whatever the client still does."""
+        if self.server and self.nc.is_connected:
+            # A run that was started at the same moment uses this server: wait for it, 1 s at most.
+            with suppress(Error):
+                for _ in range(50):
+                    reply = await self.nc.request("$SYS.REQ.SERVER.PING.CONNZ")
+                    if json.loads(reply.data)["data"]["num_connections"] == 1:
+                        break
+                    await asyncio.sleep(0.02)
         # asyncio.run() cancels what is left, but only once: in Python 3.11 wait_for() can swallow
         # that, and the client would try to connect for ever.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -397,19 +366,17 @@ class Run:
             return
         if "password" not in self.cause:  # the next attempt may end less clearly
             self.cause = reason(error)
-        if isinstance(error, Fault):
-            self.end(error)
-        elif "permissions violation" in self.cause:
-            self.end(Fault(f"refused by the server: {self.cause}"))
-        elif self.gone and self.server and self.server.poll() is not None:
-            self.end(Fault("the nats-server that this program started has ended"))
-        elif self.gone and self.shared and self.options.role != "publish":
-            try:
-                await self.find_server()
-            except Fault as fault:
-                self.end(fault)
-        elif self.gone and time.monotonic() > self.gone + GIVE_UP_AFTER:
-            self.end(Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}"))
+        try:
+            if isinstance(error, Fault):  # of on_message()
+                raise error
+            if "permissions violation" in self.cause:
+                raise Fault(f"refused by the server: {self.cause}")
+            if self.gone and self.server and self.server.poll() is not None:
+                raise Fault("the nats-server that this program started has ended")
+            if self.gone and time.monotonic() > self.gone + GIVE_UP_AFTER:
+                raise Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}")
+        except Fault as fault:
+            self.end(fault)
 
     async def on_disconnected(self) -> None:
         """Tell it once."""
@@ -430,39 +397,36 @@ class Run:
         return False
 
     async def find_server(self) -> None:
-        """Start a nats-server, if nothing answers at HOST:PORT and the role is not `publish`."""
-        name = f"{SERVER_NAME}{os.getpid()}"
-        found = await server_name()
-        if found is None:
-            if self.options.role == "publish":
-                start = "start a subscriber first, or `docker compose up -d`"
-                raise Fault(f"no server at {HOST}:{PORT}: {start}")
-            # pip has put it beside the interpreter, which need not be on PATH.
-            program = shutil.which("nats-server", path=os.path.dirname(sys.executable))
-            program = program or shutil.which("nats-server")
-            if not program:
-                raise Fault("no nats-server program: `pip install -r requirements.txt` brings it")
-            command = [program, "-a", HOST, "-p", str(PORT), "-n", name]
-            # Ctrl-C in a terminal goes to all of its process group. In a session of its own the
-            # server outlives it, and the last messages can be drained.
-            windows_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-            self.server = Popen(
-                command,
-                stdout=DEVNULL,
-                stderr=DEVNULL,
-                start_new_session=True,
-                creationflags=windows_group,
-            )
-            while (found := await server_name()) is None:
-                if self.server.poll() is not None:
-                    raise Fault(f"nats-server ends at once; to see why: {' '.join(command)}")
-                await asyncio.sleep(0.005)
-            if found == name:
-                tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
-            else:  # another run, started at the same moment, has won the port
-                self.stop_server()
-        # When a server that another run has started ends, this run starts one in its place.
-        self.shared = found.startswith(SERVER_NAME) and found != name
+        """Start a nats-server, if nothing answers at HOST:PORT."""
+        if await server_name() is not None:
+            return
+        if self.options.role == "publish":
+            start = "start a subscriber first, or `docker compose up -d`"
+            raise Fault(f"no server at {HOST}:{PORT}: {start}")
+        # pip has put it beside the interpreter, which need not be on PATH.
+        program = shutil.which("nats-server", path=os.path.dirname(sys.executable))
+        program = program or shutil.which("nats-server")
+        if not program:
+            raise Fault("no nats-server program: `pip install -r requirements.txt` brings it")
+        name = f"pub_sub_nats_os-{os.getpid()}"
+        command = [program, "-a", HOST, "-p", str(PORT), "-n", name]
+        # Ctrl-C in a terminal goes to all of its process group. In a session of its own the server
+        # outlives it, and the last messages can be drained.
+        self.server = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
+        )
+        while (found := await server_name()) is None:
+            if self.server.poll() is not None:
+                raise Fault(f"nats-server ends at once; to see why: {' '.join(command)}")
+            await asyncio.sleep(0.005)
+        if found == name:
+            tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
+        else:  # another run, started at the same moment, has won the port
+            self.stop_server()
 
     def stop_server(self) -> None:
         """End the server, if this run has started one."""
@@ -479,7 +443,7 @@ async def server_name() -> str | None:
     except OSError:
         return None
     info = b""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         info = await asyncio.wait_for(reader.readline(), 0.5)
     writer.close()
     name = re.search(rb'"server_name":"([^"]*)"', info)
@@ -520,7 +484,6 @@ GROUP = matching(r"[^ ]{1,1000}", "the name of a queue group, like workers")
 URL = r"(nats|tls|wss?)://([^ ,@/]*@)?([^ ,@/:\[\]]+|\[[^ ,@/\[\]]+\])(:\d{1,5})?(/[^ ,]*)?"
 SERVERS = matching(rf"{URL}(,{URL})*", "a list of nats://, tls://, ws:// or wss:// URLs")
 
-SERVER_HELP = f"or NATS_URL; if neither, what answers at {HOST}:{PORT}, or a server of its own"
 EXAMPLES = """examples:
   pub_sub_nats_os.py                                 5 messages, in one process
   pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
@@ -539,13 +502,15 @@ class Parser(ArgumentParser):
 
 def arguments() -> Namespace:
     """Return what the command line says."""
-    look = RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=look)
+    parser = Parser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     url = os.environ.get("NATS_URL") or None
+    server = f"or NATS_URL; if neither, what answers at {HOST}:{PORT}, or a server of its own"
     text = "Hello, NATS!"
     add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
-    add("-s", "--server", type=SERVERS, default=url, metavar="URL[,URL...]", help=SERVER_HELP)
+    add("-s", "--server", type=SERVERS, default=url, metavar="URL[,URL...]", help=server)
     add("--subject", type=SUBJECT, default="greetings", help="a subscriber may use * and >")
     add("-c", "--count", type=COUNT, metavar="N", help="publish N (5); end after receiving N")
     add("-i", "--interval", type=SECONDS, metavar="SECONDS", default=0.5, help="between messages")
@@ -568,7 +533,11 @@ def main() -> int:
     """Run the program; return its exit status."""
     if isinstance(sys.stdout, TextIOWrapper):  # it is None where it has been closed
         sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have all characters
-    return asyncio.run(Run(arguments()).run())
+    run = Run(arguments())
+    try:
+        return asyncio.run(run.run())
+    finally:
+        run.stop_server()
 
 
 if __name__ == "__main__":
