@@ -20,7 +20,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
@@ -48,7 +48,6 @@ class Fault(Exception):
 # Core NATS delivers at most once, and tells nobody of a message that it could not deliver: only a
 # gap in the numbers shows the loss.
 PROCESS_ID = b"%d" % os.getpid()
-NUMBERED = re.compile(rb"(\d{1,10}) ([1-9]\d{0,11}) (\d{19}) (.*)", re.DOTALL)
 
 
 def encode(number: int, text: bytes) -> bytes:
@@ -58,9 +57,17 @@ def encode(number: int, text: bytes) -> bytes:
 
 def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     """Return process id, number, time in ns, text; number 0 if this program did not write it."""
-    if match := NUMBERED.fullmatch(data):
-        process_id, number, sent, text = match.groups()
-        return process_id, int(number), int(sent), text
+    try:
+        process_id, digits, sent, text = data.split(b" ", 3)
+        if (
+            (process_id + digits + sent).isdigit()
+            and 0 < len(process_id) < 11
+            and 0 < (number := int(digits)) < 10**12
+            and len(sent) == 19
+        ):
+            return process_id, number, int(sent), text
+    except ValueError:  # not four words, or no number at all
+        pass
     return b"", 0, 0, data
 
 
@@ -82,15 +89,17 @@ async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Ev
     if size > nc.max_payload:
         raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
     tally.began = time.time_ns()
-    while tally.sent < options.count and not stop.is_set():
-        if not nc.is_connected:  # a message that is sent now would only fill the client's buffer
+    for number in range(1, options.count + 1):
+        # A message that is sent without a connection would only fill the client's buffer.
+        while not nc.is_connected and not stop.is_set():
             await asyncio.sleep(0.01)
-            continue
-        tally.sent += 1
-        await nc.publish(options.subject, encode(tally.sent, text))
+        if stop.is_set():
+            return
+        tally.sent = number
+        await nc.publish(options.subject, encode(number, text))
         if not options.quiet:
-            say(f"publisher  -> {options.subject} #{tally.sent} {display(text)}")
-        if options.interval and tally.sent < options.count:
+            say(f"publisher  -> {options.subject} #{number} {display(text)}")
+        if options.interval and number < options.count:
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), options.interval)
 
@@ -101,6 +110,7 @@ async def subscribe(
     """Start a subscriber; return its subscription as soon as the server has it."""
     wanted = options.count if options.role == "subscribe" else None
     quiet, work = options.quiet, options.work
+    expected: dict[bytes, int] = {}
 
     async def on_message(msg: Msg) -> None:
         """Show a message, and count it."""
@@ -108,7 +118,7 @@ async def subscribe(
         if tally.received == wanted:
             return  # it was under way when the last one that was wanted came
         process_id, number, sent, text = decode(msg.data)
-        tally.add(name, process_id, number, sent, now)
+        tally.add(expected, process_id, number, sent, now)
         if not quiet:
             mark = f" #{number}" if number else ""
             origin = f" ({(now - sent) / 1e6:.2f} ms from process {process_id.decode()})"
@@ -148,8 +158,8 @@ class Tally:
 
     sent: int = 0
     received: int = 0
-    numbered: int = 0  # of them, by this program
-    own: int = 0  # of them, by this very process
+    unnumbered: int = 0  # of them, not of this program
+    others: int = 0  # of them, not of this process
     gaps: int = 0  # missing between the first and the last number of each publisher
     dropped: int = 0  # by the client, as a slow consumer
     began: int = 0
@@ -157,26 +167,30 @@ class Tally:
     delays: int = 0
     shortest: int = 2**63
     longest: int = -(2**63)
-    expected: dict[tuple[str, bytes], int] = field(default_factory=dict)
 
-    def add(self, subscriber: str, process_id: bytes, number: int, sent: int, now: int) -> None:
-        """Count a message that a subscriber has received."""
-        self.began = self.began or now
-        self.ended = now
+    def add(
+        self, expected: dict[bytes, int], process_id: bytes, number: int, sent: int, now: int
+    ) -> None:
+        """Count a message; `expected` is the subscriber's next number of each process."""
         self.received += 1
-        if not number:
-            return
-        flow = subscriber, process_id
-        expected = self.expected.get(flow, number)
-        if number < expected and number > 1:
-            self.gaps -= 1  # it was overtaken, as in a cluster whose servers change
+        self.ended = now
+        if process_id != PROCESS_ID:
+            self.others += 1
+        due = expected.get(process_id)
+        if number == due:
+            expected[process_id] = number + 1
         else:
-            if number > expected:
-                self.gaps += number - expected
-            self.expected[flow] = number + 1
-        self.numbered += 1
-        if process_id == PROCESS_ID:
-            self.own += 1
+            self.began = self.began or now
+            if not number:
+                self.unnumbered += 1
+                return
+            if not due or number == 1:  # the first of a process; process ids are used again
+                due = number
+            if number < due:  # a later one has overtaken it, as in a cluster whose servers change
+                self.gaps -= 1
+            else:
+                self.gaps += number - due
+                expected[process_id] = number + 1
         delay = now - sent
         self.delays += delay
         if delay < self.shortest:
@@ -188,7 +202,7 @@ class Tally:
         """Return how many messages are known to be lost."""
         if options.role == "both":
             copies = 1 if options.queue else options.subscribers
-            return max(0, copies * self.sent - self.own)
+            return max(0, copies * self.sent - (self.received - self.others))
         # A member of a queue group does not know which numbers the other members have received.
         return max(0 if options.queue else self.gaps, self.dropped) + abandoned
 
@@ -204,8 +218,8 @@ class Tally:
         rate = (self.sent or self.received) / seconds if seconds else 0
         say(f"--- {options.subject} ---")
         say(f"{counts[options.role]} in {seconds:.2f} s ({rate:.0f} msg/s)")
-        if self.numbered:
-            delays = self.shortest, self.delays / self.numbered, self.longest
+        if numbered := self.received - self.unnumbered:
+            delays = self.shortest, self.delays / numbered, self.longest
             say("delay min/avg/max " + "/".join(f"{delay / 1e6:.2f}" for delay in delays) + " ms")
 
 
@@ -294,8 +308,7 @@ class Run:
             await publish(nc, options, tally, stop)
         await confirm(nc)  # the server has had our messages, and so has sent us our copies
         # Drain: unsubscribe, then wait until every message received has been worked on.
-        drains = (subscription.drain() for subscription in self.subscriptions)  # type: ignore[no-untyped-call]
-        await asyncio.gather(*drains)
+        await asyncio.gather(*(each.drain() for each in self.subscriptions))  # type: ignore[no-untyped-call]
 
     def end(self, fault: Fault | None = None) -> None:
         """Stop publishing and drain; at a fault, or when called again, end at once."""
