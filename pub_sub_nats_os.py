@@ -279,7 +279,7 @@ class Run:
         if self.tally.dropped:
             tell(f"slow consumer: {self.tally.dropped} messages dropped")
         if abandoned:
-            tell(f"{abandoned} messages were received, but not worked on")
+            tell(f"not worked on: {abandoned} messages that were received")
         try:
             if self.connected:
                 self.tally.report(self.options, lost)

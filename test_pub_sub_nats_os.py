@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -24,6 +25,7 @@ import pytest
 import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nats.errors import FlushTimeoutError
 
 import pub_sub_nats_os as script
 
@@ -33,6 +35,11 @@ SCRIPTS = sysconfig.get_path("scripts")
 NATS_SERVER = shutil.which("nats-server", path=SCRIPTS) or shutil.which("nats-server")
 MAIN = "sys.exit(script.main())"
 SOON = f"script.CONNECT_WITHIN = 1; {MAIN}"  # for what never connects
+README = (HERE / "README.md").read_text()
+# The lines in the table of what to do, with other numbers, and with anything in place of "...".
+TABLE = README.partition("| it says |")[2].partition("\n\n")[0]
+SAYS = [says for row in TABLE.splitlines() for says in re.findall("`(.*?)`", row.split("|")[1])]
+ERRORS = [re.sub(r"\d+", r"\\d+", re.escape(says).replace(r"\.\.\.", ".*")) for says in SAYS]
 TIMEOUT = 20  # seconds, after which anything that is waited for counts as hanging
 
 
@@ -89,11 +96,14 @@ class Program:
         self.process.send_signal(number)
 
     def end(self, within: float = TIMEOUT) -> int:
-        """Return the exit status; there is never a traceback."""
+        """Return the exit status; there is no traceback, and no error that the README lacks."""
         status = self.process.wait(within)
         for reader in self.readers:
             reader.join(TIMEOUT)
         assert not [line for line in self.err if "Traceback" in line], self.err
+        for line in self.err:
+            if line.startswith("error: "):
+                assert any(re.fullmatch(row, line[7:]) for row in ERRORS), line
         return status
 
     def stop(self) -> None:
@@ -525,7 +535,7 @@ def test_slow_consumer_is_told_once_and_counted(server: Server, program: Start, 
     slow.signal(signal.SIGINT)
     assert slow.end() == 1
     dropped = int(slow.wait_for(r"^slow consumer: \d+ ").split()[2])
-    abandoned = int(slow.wait_for("not worked on").split()[0])
+    abandoned = int(slow.wait_for("not worked on").split()[3])
     assert slow.count("slow consumer") == 2
     assert slow.count(f"^1 received, {dropped + abandoned} lost") == 1
     assert 1 + dropped + abandoned == 1500
@@ -995,6 +1005,173 @@ def test_message_over_the_limit_is_refused_before_the_first(run: Start, tmp_path
         done = run("publish", "-s", server.url, "-m", "x" * 1000)
     assert done.process.returncode == 2 and done.count("->") == 0
     assert len(done.err) == 1 and re.search(r"\b10\d\d bytes.*\b1000\b", done.err[0]), done.err
+
+
+# --- The README --------------------------------------------------------------------------------
+
+SET_UP = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+Command = tuple[str, str, list[str]]  # the terminal's digit, the command, the output shown
+
+
+class Chapter:
+    """A chapter of the README, with the commands of each of its console blocks."""
+
+    def __init__(self, text: str) -> None:
+        self.title = text.splitlines()[0].lstrip("# ")
+        self.blocks: list[list[Command]] = []
+        for block in re.findall(r"^```console\n(.*?)^```$", text, re.M | re.S):
+            found = re.findall(r"^(\d?)\$ (.*)\n((?:(?!\d?\$ ).*\n)*)", block, re.M)
+            self.blocks.append([(name, command, out.splitlines()) for name, command, out in found])
+
+    def shape(self, line: str) -> str:
+        """Return the line without what differs from run to run."""
+        line = re.sub(r"^bash: .* Killed .*", "Killed", line)
+        line = re.sub(r"\d+\.\d\d\b|(?<=from process )\d+|\d+(?= msg/s)", "N", line)
+        if self.title in ("At most once", "Falling behind"):
+            line = re.sub(r"#\d+|\d+ (?=messages)", "N", line)
+            line = re.sub(r"\d+ received, [1-9]\d* lost", "N received, N lost", line)
+        if self.title == "Sharing work":
+            line = re.sub(r"^subscriber \d <-", "a member <-", line)
+        return line
+
+    def compare(self, shown: list[str], printed: list[str]) -> None:
+        """Each speaker says what is shown, in that order; "..." stands for any lines."""
+        expected, said = list(map(self.shape, shown)), list(map(self.shape, printed))
+        for who in set(map(speaker, expected + said)) - {"...", "^C"}:
+            lines = [line for line in expected if speaker(line) in (who, "...")]
+            pattern = "".join(
+                "(.*\n)*" if line == "..." else f"{re.escape(line)}\n" for line in lines
+            )
+            assert re.fullmatch(pattern, "".join(f"{x}\n" for x in said if speaker(x) == who)), (
+                printed
+            )
+
+
+def speaker(line: str) -> str:
+    """Return who says it: messages go their ways at the same time, in no order between them."""
+    match = re.match(r"\.\.\.$|\^C$|(publisher|subscriber \d|subscriber|a member)(?= )", line)
+    return match[0] if match else ""
+
+
+TEXTS = re.split(r"^##+ ", README, flags=re.M)
+CHAPTERS = [Chapter(text) for text in TEXTS if "```console" in text]
+
+
+class Terminal:
+    """A shell with a session of its own, as each terminal has; one command at a time."""
+
+    READY = "$ "
+    PROJECT = "pub_sub_nats_os_readme"  # of docker compose
+
+    def __init__(self, folder: Path) -> None:
+        path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"  # as .venv/bin/activate sets it
+        keep = {k: v for k, v in os.environ.items() if k not in ("NATS_URL", "PYTHONUNBUFFERED")}
+        self.shell = subprocess.Popen(
+            ["bash"],
+            cwd=folder,
+            env=keep | {"PATH": path, "COMPOSE_PROJECT_NAME": self.PROJECT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.lines = [self.READY]
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        assert self.shell.stdout
+        with contextlib.suppress(ValueError):  # closed
+            for line in self.shell.stdout:
+                self.lines.append(line.rstrip("\n"))
+
+    def ready(self) -> bool:
+        return self.lines[-1:] == [self.READY]
+
+    def start(self, command: str) -> None:
+        wait_until(self.ready)
+        self.lines = []
+        assert self.shell.stdin
+        self.shell.stdin.write(f"{command}\necho '{self.READY}'\n")
+        self.shell.stdin.flush()
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.shell.pid, number)
+
+    def end(self) -> None:
+        for _ in range(2):  # the second one ends what drains
+            self.signal(signal.SIGTERM)
+        self.shell.communicate(timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.title)
+def test_readme_shows_what_its_commands_print(
+    chapter: Chapter, port_4222: None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    for file in ("pub_sub_nats_os.py", "docker-compose.yml"):
+        (tmp_path / file).symlink_to(HERE / file)
+    with contextlib.ExitStack() as stack:
+        if "docker" in str(chapter.blocks):
+            request.getfixturevalue("engine")
+            down = ["docker", "compose", "-p", Terminal.PROJECT, "down"]
+            stack.callback(subprocess.run, down, cwd=HERE, check=True, capture_output=True)
+        for block in chapter.blocks:
+            run_block(chapter, block, tmp_path, stack)
+
+
+def run_block(
+    chapter: Chapter, block: list[Command], folder: Path, stack: contextlib.ExitStack
+) -> None:
+    """Give each terminal its commands in the order of the page, and compare what they print."""
+    terminals: dict[str, Terminal] = {}
+    running: list[tuple[Terminal, list[str], list[str]]] = []
+    for name, command, shown in block:
+        if command == SET_UP + ".venv/bin/python -m pytest":
+            continue  # this very run
+        if name not in terminals:
+            terminals[name] = Terminal(folder)
+            stack.callback(terminals[name].end)
+        terminal = terminals[name]
+        terminal.start(command.removeprefix(SET_UP))  # what the tests run with is set up already
+        running.append((terminal, shown, terminal.lines))
+        if command.startswith("nats-server"):
+            wait_until(lambda: port_answers(script.PORT))
+        elif " -q " not in command:
+            wait_until(lambda: terminal.ready() or any(map(speaker, terminal.lines)))  # noqa: B023
+    for terminal, shown, lines in sorted(running, key=lambda each: "^C" in each[1]):
+        if "^C" in shown:
+            before = {chapter.shape(line) for line in shown[: shown.index("^C")]} - {"..."}
+            wait_until(lambda: before <= set(map(chapter.shape, lines)))  # noqa: B023
+            terminal.signal(signal.SIGINT)
+        wait_until(lambda: Terminal.READY in lines)  # noqa: B023
+        chapter.compare(shown, lines[:-1])
+
+
+def test_readme_says_what_to_do_at_each_error() -> None:
+    beginnings: dict[str, set[str]] = {
+        "parser": {"argument ", "unrecognized arguments: "},
+        "nats": {str(FlushTimeoutError())},
+    }
+    for node in ast.walk(ast.parse(Path(SCRIPT).read_text())):
+        if isinstance(node, ast.Call) and node.args:
+            text = next(
+                (n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)), ""
+            )
+            beginnings.setdefault(ast.unparse(node.func), set()).add(str(text))
+    documented = [says.partition("...")[0] for says in SAYS]
+    for source in ("parser", "nats", "Fault", "parser.error"):
+        for text in beginnings[source]:
+            assert any(says.startswith(text[: len(says)]) for says in documented), text
+    known = set.union(*beginnings.values()) - {""}
+    assert all(any(says.startswith(text[: len(says)]) for text in known) for says in documented)
+
+
+def test_links_inside_the_readme_resolve() -> None:
+    titles = re.findall(r"^#+ (.*)", README, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = set(re.findall(r"\]\(#(.*?)\)", README))
+    assert links and links <= anchors
 
 
 # --- The command line ----------------------------------------------------------------------------
