@@ -394,15 +394,15 @@ class Run:
             self.end(fault)
 
     async def on_disconnected(self) -> None:
-        """Tell it once."""
+        """Tell it once: the client tries to reconnect in silence."""
         if self.nc.is_closed:
             self.end(Fault(f"the server has closed the connection: {self.nc.last_error}"))
-        elif not self.gone:
+        else:
             tell("disconnected: trying to reach a server again")
             self.gone = time.monotonic()
 
     async def on_reconnected(self) -> None:
-        """Tell it once."""
+        """Tell it, and wait for no server any more."""
         tell("reconnected")
         self.gone = 0.0
 
