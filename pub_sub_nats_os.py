@@ -16,12 +16,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
+from time import monotonic, time_ns
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
@@ -52,7 +52,7 @@ PROCESS_ID = b"%d" % os.getpid()
 
 def encode(number: int, text: bytes) -> bytes:
     """Return this process's message of that number, sent now."""
-    return b"%b %d %d %b" % (PROCESS_ID, number, time.time_ns(), text)
+    return b"%b %d %d %b" % (PROCESS_ID, number, time_ns(), text)
 
 
 def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
@@ -60,13 +60,15 @@ def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     try:
         process_id, digits, sent, text = data.split(b" ", 3)
         if (
-            (process_id + digits + sent).isdigit()
-            and 0 < len(process_id) < 11
-            and 0 < (number := int(digits)) < 10**12
+            process_id.isdigit()
+            and digits.isdigit()
+            and sent.isdigit()
+            and len(process_id) < 11
             and len(sent) == 19
+            and 0 < (number := int(digits)) < 10**12
         ):
             return process_id, number, int(sent), text
-    except ValueError:  # not four words, or no number at all
+    except ValueError:  # not four words, or a number of thousands of digits
         pass
     return b"", 0, 0, data
 
@@ -88,7 +90,7 @@ async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Ev
     size = len(encode(options.count, text))
     if size > nc.max_payload:
         raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
-    tally.began = time.time_ns()
+    tally.began = time_ns()
     for number in range(1, options.count + 1):
         # A message that is sent without a connection would only fill the client's buffer.
         while not nc.is_connected and not stop.is_set():
@@ -114,7 +116,7 @@ async def subscribe(
 
     async def on_message(msg: Msg) -> None:
         """Show a message, and count it."""
-        now = time.time_ns()
+        now = time_ns()
         if tally.received == wanted:
             return  # it was under way when the last one that was wanted came
         process_id, number, sent, text = decode(msg.data)
@@ -214,7 +216,7 @@ class Tally:
             "publish": f"{self.sent} sent",
             "subscribe": f"{self.received} received" + f", {lost} lost" * (not options.queue),
         }
-        ended = self.ended if options.role == "subscribe" else time.time_ns()
+        ended = self.ended if options.role == "subscribe" else time_ns()
         seconds = max(0, ended - (self.began or ended)) / 1e9
         rate = (self.sent or self.received) / seconds if seconds else 0
         say(f"--- {options.subject} ---")
@@ -256,7 +258,7 @@ class Run:
         self.nc = Client()
         self.subscriptions: list[Subscription] = []
         self.connected = False  # the first time
-        self.gone = 0.0  # when the connection broke, by time.monotonic(); 0 while it holds
+        self.gone = 0.0  # when the connection broke, by monotonic(); 0 while it holds
         self.cause = NO_ANSWER  # of the last failure to connect
         self.fault: Exception | None = None
         self.server: subprocess.Popen[bytes] | None = None  # if this run has started one
@@ -388,7 +390,7 @@ class Run:
                 raise Fault(f"refused by the server: {self.cause}")
             if self.gone and self.server and self.server.poll() is not None:
                 raise Fault("the nats-server that this program started has ended")
-            if self.gone and time.monotonic() > self.gone + GIVE_UP_AFTER:
+            if self.gone and monotonic() > self.gone + GIVE_UP_AFTER:
                 raise Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}")
         except Fault as fault:
             self.end(fault)
@@ -399,7 +401,7 @@ class Run:
             self.end(Fault(f"the server has closed the connection: {self.nc.last_error}"))
         else:
             tell("disconnected: trying to reach a server again")
-            self.gone = time.monotonic()
+            self.gone = monotonic()
 
     async def on_reconnected(self) -> None:
         """Tell it, and wait for no server any more."""
