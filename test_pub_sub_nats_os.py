@@ -1171,6 +1171,13 @@ def test_readme_says_what_to_do_at_each_error() -> None:
     assert all(any(says.startswith(text[: len(says)]) for text in known) for says in documented)
 
 
+def test_functions_that_the_readme_names_exist() -> None:
+    tree = ast.walk(ast.parse(Path(SCRIPT).read_text()))
+    functions = {n.name for n in tree if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+    named = set(re.findall(r"`(\w+)\(\)`", README))
+    assert named and named <= functions
+
+
 def test_links_inside_the_readme_resolve() -> None:
     titles = re.findall(r"^#+ (.*)", README, re.M)
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
