@@ -85,7 +85,7 @@ def display(text: bytes) -> str:
 
 
 async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
-    """Publish the messages, one each interval, without waiting for any subscriber."""
+    """Publish at each interval, whoever listens; raise Fault if the messages are too long."""
     text = os.fsencode(options.message)
     size = len(encode(options.count, text))
     if size > nc.max_payload:
@@ -112,7 +112,7 @@ async def subscribe(
     """Start a subscriber; return its subscription as soon as the server has it."""
     wanted = options.count if options.role == "subscribe" else None
     quiet, work = options.quiet, options.work
-    expected: dict[bytes, int] = {}
+    dues: dict[bytes, int] = {}  # the number that comes next, by publishing process
 
     async def on_message(msg: Msg) -> None:
         """Show a message, and count it."""
@@ -120,7 +120,7 @@ async def subscribe(
         if tally.received == wanted:
             return  # it was under way when the last one that was wanted came
         process_id, number, sent, text = decode(msg.data)
-        tally.add(expected, process_id, number, sent, now)
+        tally.add(dues, process_id, number, sent, now)
         if not quiet:
             mark = f" #{number}" if number else ""
             origin = f" ({(now - sent) / 1e6:.2f} ms from process {process_id.decode()})"
@@ -171,17 +171,15 @@ class Tally:
     shortest: int = 2**63
     longest: int = -(2**63)
 
-    def add(
-        self, expected: dict[bytes, int], process_id: bytes, number: int, sent: int, now: int
-    ) -> None:
-        """Count a message; `expected` is the subscriber's next number of each process."""
+    def add(self, dues: dict[bytes, int], sender: bytes, number: int, sent: int, now: int) -> None:
+        """Count a message; `dues` are the numbers that the subscriber expects, by process."""
         self.received += 1
         self.ended = now
-        if process_id != PROCESS_ID:
+        if sender != PROCESS_ID:
             self.others += 1
-        due = expected.get(process_id)
+        due = dues.get(sender)
         if number == due:
-            expected[process_id] = number + 1
+            dues[sender] = number + 1
         else:
             self.began = self.began or now
             if not number:
@@ -193,7 +191,7 @@ class Tally:
                 self.gaps -= 1
             else:
                 self.gaps += number - due
-                expected[process_id] = number + 1
+                dues[sender] = number + 1
         delay = now - sent
         self.delays += delay
         if delay < self.shortest:
@@ -414,7 +412,7 @@ class Run:
         return False
 
     async def find_server(self) -> None:
-        """Start a nats-server, if nothing answers at HOST:PORT."""
+        """Start a nats-server if nothing answers at HOST:PORT; raise Fault if it can't be done."""
         if await server_name() is not None:
             return
         if self.options.role == "publish":
