@@ -177,6 +177,7 @@ class Server:
 
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # its threads stop one by one
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -955,7 +956,7 @@ def test_ctrl_c_without_an_answering_server_ends_in_five_seconds(program: Start)
         gone.kill()
         for running in runs[:3]:
             running.wait_for("disconnected")
-        frozen.process.send_signal(signal.SIGSTOP)
+        frozen.freeze()
         for running in runs:
             running.signal(signal.SIGINT)
         for running in runs:
