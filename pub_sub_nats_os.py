@@ -273,7 +273,7 @@ class Run:
         for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
             signal.signal(getattr(signal, name), on_signal)
         exchanging = asyncio.create_task(self.exchange())
-        self.over: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[None] = loop.create_future()  # done when end() waits no longer
         await asyncio.wait({exchanging, self.over}, return_when=asyncio.FIRST_COMPLETED)
         abandoned = sum(subscription.pending_msgs for subscription in self.subscriptions)
         lost = self.tally.lost(self.options, abandoned)
@@ -285,7 +285,7 @@ class Run:
             if self.connected:
                 self.tally.report(self.options, lost)
             exchanging.result()
-        except asyncio.InvalidStateError:  # it is not done
+        except asyncio.InvalidStateError:  # the end came before it was done
             if not lost:
                 self.fault = self.fault or Fault("ended before the drain was done")
         except Exception as error:
@@ -381,17 +381,14 @@ class Run:
         # What a server has said is clearer than how the next attempt ends: "Broken pipe", say.
         if self.gone or self.cause == NO_ANSWER or not isinstance(error, OSError):
             self.cause = reason(error)
-        try:
-            if isinstance(error, Fault):  # of on_message()
-                raise error
-            if "permissions violation" in self.cause:
-                raise Fault(f"refused by the server: {self.cause}")
-            if self.gone and self.server and self.server.poll() is not None:
-                raise Fault("the nats-server that this program started has ended")
-            if self.gone and monotonic() > self.gone + GIVE_UP_AFTER:
-                raise Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}")
-        except Fault as fault:
-            self.end(fault)
+        if isinstance(error, Fault):  # of on_message()
+            self.end(error)
+        elif "permissions violation" in self.cause:
+            self.end(Fault(f"refused by the server: {self.cause}"))
+        elif self.gone and self.server and self.server.poll() is not None:
+            self.end(Fault("the nats-server that this program started has ended"))
+        elif self.gone and monotonic() > self.gone + GIVE_UP_AFTER:
+            self.end(Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}"))
 
     async def on_disconnected(self) -> None:
         """Tell it once: the client tries to reconnect in silence."""

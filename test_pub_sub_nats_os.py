@@ -36,6 +36,8 @@ SCRIPTS = sysconfig.get_path("scripts")
 NATS_SERVER = shutil.which("nats-server", path=SCRIPTS) or shutil.which("nats-server")
 MAIN = "sys.exit(script.main())"
 SOON = f"script.CONNECT_WITHIN = 1; {MAIN}"  # for what never connects
+OURS = ("NATS_URL", "PYTHONUNBUFFERED")  # what would change how the script behaves
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in OURS}
 README = (HERE / "README.md").read_text()
 # The lines in the table of what to do, with other numbers, and with anything in place of "...".
 TABLE = README.partition("| it says |")[2].partition("\n\n")[0]
@@ -48,9 +50,7 @@ class Program:
     """The running script, whose lines can be waited for."""
 
     def __init__(self, *args: str, code: str = "", **popen: Any) -> None:
-        ours = ("NATS_URL", "PYTHONUNBUFFERED")  # what would change how the script behaves
-        environment = {k: v for k, v in os.environ.items() if k not in ours}
-        environment |= popen.pop("env", {})
+        environment = ENVIRONMENT | popen.pop("env", {})
         start = ["-c", f"import json, sys, pub_sub_nats_os as script; {code}"] if code else [SCRIPT]
         self.process = subprocess.Popen(
             [sys.executable, *start, *args],
@@ -1071,11 +1071,10 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"  # as .venv/bin/activate sets it
-        keep = {k: v for k, v in os.environ.items() if k not in ("NATS_URL", "PYTHONUNBUFFERED")}
         self.shell = subprocess.Popen(
             ["bash"],
             cwd=folder,
-            env=keep | {"PATH": path, "COMPOSE_PROJECT_NAME": self.PROJECT},
+            env=ENVIRONMENT | {"PATH": path, "COMPOSE_PROJECT_NAME": self.PROJECT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
