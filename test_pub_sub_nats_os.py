@@ -279,15 +279,19 @@ def container(engine: None) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(params=["process", "container"])
+ONE_CONTAINER = pytest.mark.xdist_group("container")  # all in one worker
+
+
+@pytest.fixture(params=["process", pytest.param("container", marks=ONE_CONTAINER)])
 def server(request: pytest.FixtureRequest) -> Server:
     """A server of each kind, in turn."""
     server: Server = request.getfixturevalue(request.param)
     return server
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param(script.PORT, marks=pytest.mark.xdist_group("port"))])
 def port_4222() -> None:
+    """Nobody else has that port: its tests run in one worker, one after the other."""
     if port_answers(script.PORT):
         pytest.skip(f"something else answers at port {script.PORT}")
 
@@ -692,6 +696,7 @@ def test_container_is_used_with_no_option(engine: None, port_4222: None, program
     assert running.count("disconnected") == 1 and running.count("server started") == 0
 
 
+@ONE_CONTAINER
 def test_container_serves_this_machine_only_and_has_no_privilege(container: Container) -> None:
     ids = container.compose("ps", "-q").split()
     inspect = subprocess.run(["docker", "inspect", *ids], capture_output=True, check=True)
