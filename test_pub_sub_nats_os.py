@@ -506,6 +506,7 @@ def test_strange_messages_are_shown_and_counted(process: Server, program: Start)
     assert "subscriber <- greetings just text" in shown
     assert shown[-2].endswith("x... (1000000 bytes)") and len(shown[-2]) < 300
     assert subscriber.count(f"^{len(STRANGE) + 1} received, 0 lost") == 1
+    assert subscriber.count(r"^delay min/avg/max (\S+)/\1/\1 ms$") == 1  # of the numbered one
 
 
 def test_strange_subjects_do_not_stop_the_subscriber(process: Server, program: Start) -> None:
@@ -719,6 +720,12 @@ def test_second_run_finds_the_server_of_the_first(
     assert not port_answers(script.PORT)
 
 
+def test_started_server_serves_this_machine_only(port_4222: None, program: Start) -> None:
+    program("subscribe").wait_for("listening")
+    with pytest.raises(OSError):  # a server for all addresses would answer here, too
+        socket.create_connection(("127.0.0.2", script.PORT), TIMEOUT)
+
+
 def test_two_runs_at_the_same_moment_both_work(port_4222: None, program: Start) -> None:
     runs = [program("-c", "4", "-i", "0.05") for _ in range(2)]
     assert [each.end() for each in runs] == [0, 0], [each.err for each in runs]
@@ -751,10 +758,13 @@ def test_publish_starts_no_server(port_4222: None, run: Start) -> None:
 
 
 def test_named_server_is_never_started(program: Start) -> None:
-    url = f"nats://127.0.0.1:{free_port()}"
-    for done in (program("-s", url), program("subscribe", env={"NATS_URL": url})):
-        assert done.end(within=5) == 2 and done.out == []
-        assert done.err == [f"error: no connection to {url[7:]}: Connection refused"]
+    with socket.socket() as holder:  # nobody else can have the port, and it does not answer
+        holder.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{holder.getsockname()[1]}"
+        named, asked = program("-s", f"nats://{at}"), program(env={"NATS_URL": f"nats://{at}"})
+        for done in (named, asked):
+            assert done.end(within=5) == 2 and done.out == []
+            assert done.err == [f"error: no connection to {at}: Connection refused"]
 
 
 def test_own_server_that_dies_ends_the_run_with_the_statistics(
@@ -776,6 +786,15 @@ def test_no_server_program_is_an_error_that_says_what_to_install(
     done = run(code=code, env={"PATH": ""})
     assert done.process.returncode == 2 and done.out == []
     assert len(done.err) == 1 and "pip install -r requirements.txt" in done.err[0]
+
+
+def test_server_that_ends_at_once_is_an_error_that_says_how_to_see_why(run: Start) -> None:
+    with socket.socket() as holder:  # has the port, and does not answer
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        done = run(code=f"script.PORT = {port}; {MAIN}")
+    assert done.process.returncode == 2 and done.out == []
+    assert len(done.err) == 1 and f"nats-server -a 127.0.0.1 -p {port}" in done.err[0], done.err
 
 
 def test_what_is_not_nats_is_named(program: Start) -> None:
