@@ -727,7 +727,7 @@ def test_started_server_serves_this_machine_only(port_4222: None, program: Start
 
 
 def test_two_runs_at_the_same_moment_both_work(port_4222: None, program: Start) -> None:
-    runs = [program("-c", "4", "-i", "0.05") for _ in range(2)]
+    runs = [program("-c", "4", "-i", "0.3") for _ in range(2)]
     assert [each.end() for each in runs] == [0, 0], [each.err for each in runs]
     assert all(each.count("^4 sent, [4-8] received, 0 lost") == 1 for each in runs)
     assert sum(each.count("server started") for each in runs) == 1
