@@ -259,7 +259,7 @@ class Run:
         self.connected = False  # the first time
         self.gone = 0.0  # when the connection broke, by monotonic(); 0 while it holds
         self.cause = NO_ANSWER  # of the last failure to connect
-        self.fault: Exception | None = None
+        self.fault: Fault | None = None
         self.server: subprocess.Popen[bytes] | None = None  # if this run has started one
 
     async def run(self) -> int:
@@ -286,11 +286,10 @@ class Run:
                 tell(f"not worked on: {abandoned} messages that were received")
             if self.connected:
                 self.tally.report(self.options, lost)
-            if self.fault:
-                raise self.fault
-            if exchanging.done():
-                exchanging.result()
-            elif not lost:
+            failure = exchanging.exception() if exchanging.done() else None
+            if fault := self.fault or failure:
+                raise fault
+            if not lost and not exchanging.done():
                 raise Fault("ended before the drain was done")
             return 1 if lost else 0
         finally:
