@@ -366,8 +366,8 @@ class Run:
                     # elsewhere, for a line break in one would be a command to the server.
                     skip_subject_validation=True,
                     # In a flood the client collects so many bytes before it sends. Its default of
-                    # 2 MiB is no faster, and a message is a hundred times as long on its way.
-                    pending_size=16 * 1024,
+                    # 2 MiB is no faster, and a message is forty times as long on its way.
+                    pending_size=32 * 1024,
                 )
         except (TimeoutError, Error) as error:
             places = ", ".join(urlsplit(url).netloc.rpartition("@")[2] for url in urls)
