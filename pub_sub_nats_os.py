@@ -137,7 +137,7 @@ async def subscribe(
             stop.set()
 
     # A callback, for `async for msg in subscription.messages` makes a task for each message, and
-    # takes almost three times as long.
+    # takes two and a half times as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
     await confirm(nc)
     if not quiet:
