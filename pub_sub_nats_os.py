@@ -190,8 +190,8 @@ class Tally:
                 return
             if not due or number == 1:  # the first of a process; process ids are used again
                 due = number
-            self.gaps += max(number - due, -1)  # -1: a later one has overtaken it
-            number = max(number, due - 1)
+            self.gaps += max(number - due, -1)  # -1: it was missing, overtaken by a later one
+            number = max(number, due - 1)  # what is due never goes back
         dues[sender] = number + 1
         delay = now - sent
         self.delays += delay
@@ -275,6 +275,8 @@ class Run:
             signal.signal(getattr(signal, name), on_signal)
         exchanging = asyncio.create_task(self.exchange())
         try:
+            # end() sets the limit. It ends the waiting, not what is waited for: the client can
+            # swallow a cancellation, and go on.
             with suppress(TimeoutError):
                 async with asyncio.timeout(None) as self.limit:
                     await asyncio.wait({exchanging})
@@ -500,6 +502,7 @@ SERVERS = matching(rf"{URL}(,{URL})*", "a list of nats://, tls://, ws:// or wss:
 def arguments() -> Namespace:
     """Return what the command line says; raise ArgumentError or Fault if it makes no sense."""
     look = RawDescriptionHelpFormatter
+    # Without abbreviations, for argparse tells of an ambiguous one in its own way, in two lines.
     parser = ArgumentParser(
         description=__doc__, formatter_class=look, exit_on_error=False, allow_abbrev=False
     )

@@ -152,6 +152,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port that nobody else can have, and at which nobody answers."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
 class Server:
     """A nats-server of the requirements, on a free port of 127.0.0.1."""
 
@@ -682,6 +690,14 @@ def test_full_disk_is_an_error(process: Server, run: Start, arguments: list[str]
     assert done.err == ["error: can't write the output: No space left on device"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_error_ends_the_server(port_4222: None, run: Start) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(stdout=full)
+    assert done.process.returncode == 2 and done.count("server started") == 1
+    assert not port_answers(script.PORT)
+
+
 # --- The server ----------------------------------------------------------------------------------
 
 
@@ -757,14 +773,11 @@ def test_publish_starts_no_server(port_4222: None, run: Start) -> None:
     assert len(done.err) == 1 and "docker compose up -d" in done.err[0], done.err
 
 
-def test_named_server_is_never_started(program: Start) -> None:
-    with socket.socket() as holder:  # nobody else can have the port, and it does not answer
-        holder.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{holder.getsockname()[1]}"
-        named, asked = program("-s", f"nats://{at}"), program(env={"NATS_URL": f"nats://{at}"})
-        for done in (named, asked):
-            assert done.end(within=5) == 2 and done.out == []
-            assert done.err == [f"error: no connection to {at}: Connection refused"]
+def test_named_server_is_never_started(dead_port: int, program: Start) -> None:
+    url = f"nats://127.0.0.1:{dead_port}"
+    for done in (program("-s", url), program("subscribe", env={"NATS_URL": url})):
+        assert done.end(within=5) == 2 and done.out == []
+        assert done.err == [f"error: no connection to {url[7:]}: Connection refused"]
 
 
 def test_own_server_that_dies_ends_the_run_with_the_statistics(
@@ -788,13 +801,12 @@ def test_no_server_program_is_an_error_that_says_what_to_install(
     assert len(done.err) == 1 and "pip install -r requirements.txt" in done.err[0]
 
 
-def test_server_that_ends_at_once_is_an_error_that_says_how_to_see_why(run: Start) -> None:
-    with socket.socket() as holder:  # has the port, and does not answer
-        holder.bind(("127.0.0.1", 0))
-        port = holder.getsockname()[1]
-        done = run(code=f"script.PORT = {port}; {MAIN}")
+def test_server_that_ends_at_once_is_an_error_that_says_how_to_see_why(
+    dead_port: int, run: Start
+) -> None:
+    done = run(code=f"script.PORT = {dead_port}; {MAIN}")
     assert done.process.returncode == 2 and done.out == []
-    assert len(done.err) == 1 and f"nats-server -a 127.0.0.1 -p {port}" in done.err[0], done.err
+    assert len(done.err) == 1 and f"nats-server -a 127.0.0.1 -p {dead_port}" in done.err[0]
 
 
 def test_what_is_not_nats_is_named(program: Start) -> None:
@@ -845,6 +857,17 @@ def test_disconnection_is_told_once_and_the_flow_resumes(server: Server, program
     assert status == (1 if sent - received else 0)
     for each in (subscriber, publisher):
         assert each.count("disconnected") == each.count("reconnected") == 1
+
+
+def test_lost_server_is_tried_every_quarter_of_a_second(process: Server, program: Start) -> None:
+    program("subscribe", "-s", process.url).wait_for("listening")
+    process.kill()
+    with socket.create_server(("127.0.0.1", process.port)) as listener:
+        listener.settimeout(TIMEOUT)
+        began = time.monotonic()
+        for _ in range(8):
+            listener.accept()[0].close()
+    assert time.monotonic() < began + 8  # the client's own pause makes it 14 s
 
 
 def test_every_copy_that_a_killed_server_had_is_counted(process: Server, program: Start) -> None:
@@ -1225,7 +1248,7 @@ BAD = {
     "|-s nats://a,ftp://b",
     "secret": "-s nats://me:secret@|-s me:secret@a|-s http://me:sec ret@a|--sever x://me:secret@h"
     "|-s nats://me:secret@a:999999|-s ftp://secret@a",
-    "other": "neither|both \x1b[31m|both publish|--unknown|-c|-s",
+    "other": "neither|both \x1b[31m|both publish|--unknown|--su a|-c|-s",
 }
 
 
