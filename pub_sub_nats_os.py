@@ -312,7 +312,7 @@ def arguments() -> Namespace:
     add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
     add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
     add("--subject", default="greetings", help="* is any word, > all that follow (%(default)s)")
-    add("-c", "--count", type=int, help="publish so many (5); subscribe: end after so many")
+    add("-c", "--count", type=int, help="publish so many (5); subscribe: end after so many in all")
     add("-i", "--interval", type=float, default=0.5, help="seconds between messages (%(default)s)")
     add("-m", "--message", default="Hello, NATS!", help="what to say (%(default)s)")
     add("-n", "--subscribers", type=int, default=1, help="how many to start (%(default)s)")
@@ -323,7 +323,7 @@ def arguments() -> Namespace:
     options = parser.parse_args()
     word = r"[^\s.*>]+" if options.role != "subscribe" else r"([^\s.*>]+|\*|>$)"
     if not re.fullmatch(rf"{word}(\.{word})*", options.subject):
-        parser.error(f"no subject to {options.role} on: {options.subject!r}")
+        parser.error(f"argument --subject: invalid for {options.role}: {options.subject!r}")
     if options.subscribers < 1 or (options.count is not None and options.count < 1):
         parser.error("counts are whole numbers from 1")
     if not (0 <= options.interval < 1e9 and 0 <= options.work < 1e9):
