@@ -6,13 +6,13 @@
 """Publish/subscribe with NATS: messages flow from a publisher to its subscribers.
 
 A subject is a name, like news.today. A publisher sends each message, on a subject, to the server,
-and knows nobody else. A subscriber asks the server for a subject, and gets a copy of each message
-that comes on it from then on; the server keeps none. So subscribers come first: what is published
-before the server knows them never reaches them. Delivery is "at most once": what is lost on the way
-stays lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
+and knows nobody else. A subscriber asks the server for a subject; from then on the server sends it
+a copy of each message on it, and keeps none. So subscribers come first: what is published before
+the server knows them never reaches them. Delivery is "at most once": what is lost on the way stays
+lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
 
-Unless a server is named or answers here, `both` and `subscribe` run one, which ends with them.
-Ctrl-C ends publishing and listening, and 3 s are left for what has come; a second ends at once.
+Unless a server is named, or answers on this machine, `both` and `subscribe` run one until they end.
+Ctrl-C stops the flow, and leaves 3 s to handle what has come; a second Ctrl-C ends all at once.
 
 examples:
   pub_sub_nats_os.py                                 5 messages, both roles in one process
@@ -43,13 +43,13 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
-PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # each container has a process 1
+PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # every container has a process 1
 tell = partial(print, file=sys.stderr)  # of events and errors
 hide = partial(re.sub, "//.*@", "//***@")  # the password in a URL, which argparse would repeat
 
 
 async def exchange(options: Namespace, tally: Tally, stop: Event) -> None:
-    """Connect, start the subscribers, publish until `stop` is set, confirm, drain, close."""
+    """Connect, start the subscribers, publish or wait for `stop`, confirm, drain, close."""
     nc = await connect(options.server or f"nats://{HOST}:{PORT}", stop)
     if options.role != "publish":
         for n in range(1, options.subscribers + 1):
@@ -71,10 +71,10 @@ async def connect(servers: str, stop: Event) -> Client:
     """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
 
     If the server dies later, publish() waits while the client tries to reconnect; then it renews
-    the subscriptions, and the flow goes on. Lost is what was on its way, in the server, or sent by
-    others meanwhile. If no server is back in half a minute, it closes the connection: all ends.
+    the subscriptions, and the flow goes on. What was on its way or in the server is lost, and what
+    others sent meanwhile. After half a minute the client gives up, and the program ends.
     """
-    nc, tell_once = Client(), cache(tell)  # it tries again and again
+    nc, tell_once = Client(), cache(tell)  # the client tries again and again
 
     async def on_error(error: Exception) -> None:
         tell_once(str(error).partition(" subject: ")[0] or repr(error))  # without the subject
@@ -158,7 +158,7 @@ async def confirm(nc: Client) -> None:
     """Wait until the server has processed all that we sent; raise ConnectionError if it is gone.
 
     flush() sends PING and awaits PONG. But PING overtakes what is in the client's buffer, which is
-    sent while the first PONG is awaited; so the second PING comes after it.
+    sent while the first PONG is awaited; so the second PING comes after that.
     """
     for _ in range(2):
         if not nc.is_connected:
@@ -167,20 +167,20 @@ async def confirm(nc: Client) -> None:
 
 
 def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
-    """Return publisher, number, time (ns since 1970), text; in another form b"", 0, 0, data.
+    """Return publisher, number, time (ns since 1970), text; of another form, b"", 0, 0, data.
 
-    "4242@myhost 1 1763809955123456789 Hello" is readable in any tool, and twice as fast as JSON.
+    "4242@myhost 1 1763809955123456789 Hello" is readable in any NATS tool, and faster than JSON.
     """
     try:
         publisher, digits, sent, text = data.split(b" ", 3)
-        if len(sent) == 19 and 0 < (number := int(digits)) < 10**12:
+        if len(sent) == 19 > len(digits) and (number := int(digits)) > 0:
             return publisher, number, int(sent), text
     except ValueError:  # not four words, or not a number
         pass
     return b"", 0, 0, data
 
 
-# --- Copy what is above, and replace `options`, say() and `tally` (but keep what is to be drained).
+# --- Copy what is above, and replace `options`, say() and `tally` (keep the subscriptions).
 # --- What is below is not about NATS: counting, Ctrl-C, a server of one's own, the command line.
 
 
@@ -189,12 +189,12 @@ class Tally:
 
     `publish` knows of no loss. `subscribe` counts the numbers that are missing between the first
     and the last that it has seen of a publisher. So does `both`, which also knows all that it sent.
-    In a queue group no number is missed, for another member may have it. Always lost is what came
-    but was not handled: dropped, as the client's queue was full, or left when the drain was cut.
+    In a queue group gaps do not count, as another member may have the message. Always lost is what
+    came but was not handled: dropped, as the client's queue was full, or left by a cut drain.
     """
 
     def __init__(self) -> None:
-        self.sent = self.received = self.numbered = self.surplus = self.gaps = 0
+        self.sent = self.received = self.strange = self.surplus = self.gaps = 0
         self.began = self.ended = 0  # ns since 1970
         self.delays, self.shortest, self.longest = 0, 2**63, -(2**63)  # ns
         self.subscriptions: dict[Subscription, dict[bytes, int]] = {}  # and what is due in each
@@ -202,14 +202,14 @@ class Tally:
     def add(self, due: dict[bytes, int], who: bytes, number: int, delay: int, now: int) -> None:
         """Count a message of that publisher; `due` has the number that comes next, of each."""
         self.received += 1
-        self.began = self.began or now
         self.ended = now
-        if not number:
-            return
-        self.numbered += 1
-        expected = due.get(who, number)
-        if number > expected:
-            self.gaps += number - expected
+        expected = due.get(who)
+        if number != expected:  # the first one, one after a gap, or one without a number
+            self.began = self.began or now
+            if not number:
+                self.strange += 1
+                return
+            self.gaps += max(0, number - (expected or number))
         due[who] = number + 1
         self.delays += delay
         if delay < self.shortest:
@@ -223,7 +223,7 @@ class Tally:
         own = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
         missing = self.gaps + max(left, own)  # in between, and after the last number seen
         skipped = sum(each.delivered for each in self.subscriptions) - self.received - self.surplus
-        lost = skipped if options.queue else max(skipped, missing)  # what is dropped is in both
+        lost = skipped if options.queue else max(skipped, missing)  # a drop is in both counts
         counts = [f"{self.sent} sent"] if options.role != "subscribe" else []
         if self.subscriptions:
             counts.append(f"{self.received} received")
@@ -233,8 +233,8 @@ class Tally:
         rate = ((self.sent or self.received) - 1) / seconds if seconds else 0
         say(f"--- {options.subject} ---")
         say(f"{', '.join(counts)} in {seconds:.2f} s ({rate:.0f} msg/s)")
-        if self.numbered:
-            delays = self.shortest, self.delays / self.numbered, self.longest
+        if numbered := self.received - self.strange:
+            delays = self.shortest, self.delays / numbered, self.longest
             say("delay min/avg/max " + "/".join(f"{delay / 1e6:.2f}" for delay in delays) + " ms")
         return lost
 
@@ -261,7 +261,7 @@ async def run(options: Namespace, tally: Tally) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(pressed.release))
     with local_server(options):
         exchanging = asyncio.create_task(exchange(options, tally, stop))
-        for limit in (None, 3):  # seconds: for the exchange, and for the drain
+        for limit in (None, 3):  # no limit, then 3 s from Ctrl-C on
             ctrl_c = asyncio.create_task(pressed.acquire())
             await asyncio.wait({exchanging, ctrl_c}, timeout=limit, return_when="FIRST_COMPLETED")
             stop.set()

@@ -445,7 +445,7 @@ ENDS = table(
     SIGHUP drains         ; publish -c 9999  ; -> greetings #1 ; HUP  ; 0 ; \d sent in
     a subscriber ends     ; subscribe        ; listening       ; INT  ; 0 ; 0 received, 0 lost in
     3 seconds are left    ; -i 0 -c 50 --work 1  ; <- greetings #1 ; INT      ; 1 ; .* 4[567] lost
-    the second one counts ; -i 0 -c 50 --work 60 ; <- greetings #1 ; INT TERM ; 1 ; .* 49 lost
+    the second one counts ; -i 0 -c 50 -n 2 --work 60 ; 2 <- .* #1 ; INT TERM ; 1 ; .* 9[89] lost
     """
 )
 
