@@ -111,9 +111,9 @@ async def publish(nc: Client, options: Namespace, tally: Tally, stop: Event) -> 
             await asyncio.sleep(0.01)
         if stop.is_set():
             return
-        tally.ended = now = time_ns()
+        now = time_ns()
         await nc.publish(subject, b"%b %d %d %b" % (PUBLISHER, number, now, text))
-        tally.sent = number
+        tally.sent, tally.ended = number, now
         if not quiet:
             say(f"publisher  -> {subject} #{number} {options.message}")
         if interval and number < count:
@@ -126,7 +126,7 @@ async def publish(nc: Client, options: Namespace, tally: Tally, stop: Event) -> 
 async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, name: str) -> None:
     """Start a subscriber; return when the server knows it."""
     wanted = options.count if options.role == "subscribe" else -1
-    quiet, work, due = options.quiet, options.work, {PUBLISHER: 1}
+    quiet, work, due, add = options.quiet, options.work, {PUBLISHER: 1}, tally.add
 
     async def on_message(msg: Msg) -> None:
         """Show a message, and count it. The next one waits until this one is done."""
@@ -140,7 +140,7 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, n
             if number:
                 text = b"#%d %b (%.2f ms from process %b)" % (number, text, delay / 1e6, publisher)
             say(f"{name} <- {msg.subject} {text.decode(errors='backslashreplace')}")
-        tally.add(due, publisher, number, delay, now)
+        add(due, publisher, number, delay, now)
         if work:
             await asyncio.sleep(work)
         if tally.received == wanted:
