@@ -1,8 +1,7 @@
 """Drive pub_sub_nats_os.py as people do: as a process, against a real nats-server.
 
-The server is the container of docker-compose.yml where Docker can run it, else the nats-server of
-requirements.txt; the last lines of the summary say which, and why. REQUIRE_CONTAINER=1 makes it a
-failure if there is no container, SERVER=process takes the program although there is an engine.
+The server is docker-compose.yml's container where Docker can run it, else the program; the summary
+says which, and why. REQUIRE_CONTAINER=1 insists on the container, SERVER=process on the program.
 """
 
 from __future__ import annotations
@@ -470,17 +469,19 @@ def at_work(role: str, server: Server, script: Script, **more: Any) -> Program:
 
 @pytest.mark.parametrize("state", ["kill", "freeze"])
 def test_ctrl_c_without_an_answer_ends_in_time(server: Server, script: Script, state: str) -> None:
-    programs = [at_work(role, server, script) for role in ROLES]
+    programs = both, _, _ = [at_work(role, server, script) for role in ROLES]
     getattr(server, state)()
     for program in programs:
         if state == "kill":
             program.wait_for("disconnected")
+        elif program is both:
+            program.wait_for("->", times=len(program.seen("->")) + 3)
         program.process.send_signal(signal.SIGINT)
-    statuses = [program.end(within=6) for program in programs]
-    assert statuses[1:] == [2, 2] and statuses[0] in (1, 2)
+    assert [program.end(within=6) for program in programs] == [2 if state == "kill" else 1, 2, 2]
     assert all(program.seen("^--- ") and program.seen("^error: ") for program in programs)
-    if state == "freeze":
-        server.thaw()
+    counts = both.seen("^[0-9]+ sent, ")[0].split()
+    assert int(counts[4]) == int(counts[0]) - int(counts[2])
+    getattr(server, {"kill": "start", "freeze": "thaw"}[state])()
 
 
 def test_own_server_is_private_and_outlives_ctrl_c(port_4222: None, script: Script) -> None:
@@ -492,17 +493,17 @@ def test_own_server_is_private_and_outlives_ctrl_c(port_4222: None, script: Scri
     assert program.seen(", 0 lost in")
 
 
-def test_runs_that_start_together_share_one_server(port_4222: None, script: Script) -> None:
-    programs = [script("subscribe", "--subject", "a.>") for _ in range(3)]
-    for program in programs:
-        program.wait_for("listening")
-    assert script("publish", "--subject", "a.b", "-c", "1").end() == 0
-    for program in programs:
-        program.wait_for("<- a.b #1 ")
-    first = [program for program in programs if program.seen("server started")]
-    assert len(first) == 1
-    programs.sort(key=lambda program: program in first)  # its server ends with it
-    assert [program.end(signal.SIGINT) for program in programs] == [0, 0, 0]
+def test_run_that_loses_the_port_uses_the_server_of_the_winner(
+    port_4222: None, script: Script
+) -> None:
+    with socket.socket() as winner:
+        winner.bind(("127.0.0.1", PORT))  # so that nobody answers, but no server can be started
+        program = script("-c", "1")
+        program.wait_for("Errno 111")
+    server = Program(NATS_SERVER, "-a", "127.0.0.1", "-p", str(PORT))
+    assert program.end() == 0
+    assert program.seen("^1 sent, 1 received, 0 lost") and not program.seen("server started")
+    server.end(signal.SIGINT)
 
 
 def test_missing_server_is_told_and_what_to_do(port_4222: None, script: Script) -> None:
@@ -625,7 +626,7 @@ def stop(group: int) -> None:
             os.killpg(group, signal.SIGTERM)
 
 
-def play(commands: list[Any], others: list[Any], stack: Any, **popen: Any) -> Iterator[bool]:
+def play(commands: list[Any], others: dict[str, Any], stack: Any, **popen: Any) -> Iterator[bool]:
     """Type commands at a terminal; press ^C when all above it is there, or the others have ended.
     Compare what is printed; yield whether a person would now go on at another terminal."""
     for command, shown in commands:
@@ -655,26 +656,26 @@ def test_readme_is_right(chapter: str, port_4222: None, the_server: Server, tmp_
     (tmp_path / ".venv").symlink_to(sys.prefix)
     for file in ("pub_sub_nats_os.py", "docker-compose.yml"):
         (tmp_path / file).symlink_to(HERE / file)
-    terminals: list[Iterator[bool]] = []
+    # What the tests run with is set up already, and the tests are this very run.
+    blocks = [(n, c.removeprefix(SET_UP), shown) for n, c, shown in blocks if "pytest" not in c]
+    terminals: dict[str, Any] = dict.fromkeys(n for n, _, _ in blocks)
+
+    def all_ended() -> bool:
+        for name, terminal in list(terminals.items()):
+            if next(terminal, None) is None:
+                del terminals[name]
+        return not terminals
+
     with contextlib.ExitStack() as stack:
         if "docker compose" in CHAPTERS[chapter]:
             if not isinstance(the_server, Container):
                 pytest.skip("there is no container")
             down = ("docker", "compose", "down")
             stack.callback(lambda: Program(*down, cwd=tmp_path, env=project).end())
-        for name in dict.fromkeys(name for name, _, _ in blocks):
-            # What the tests run with is set up already, and the tests are this very run.
-            commands = [
-                (command.removeprefix(SET_UP), shown) for n, command, shown in blocks if n == name
-            ]
-            commands = [each for each in commands if not each[0].endswith("-m pytest")]
-            terminals.append(play(commands, terminals, stack, cwd=tmp_path, env=project))
-            wait_until(lambda: next(terminals[-1], True))
-
-        def all_ended() -> bool:
-            terminals[:] = [each for each in terminals if next(each, None) is not None]
-            return not terminals
-
+        for name in terminals:
+            commands = [(command, shown) for n, command, shown in blocks if n == name]
+            terminals[name] = play(commands, terminals, stack, cwd=tmp_path, env=project)
+            wait_until(lambda: next(terminals[name], True))  # noqa: B023
         wait_until(all_ended)
 
 
