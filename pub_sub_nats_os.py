@@ -12,7 +12,7 @@ the server knows them never reaches them. Delivery is "at most once": what is lo
 lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
 
 Unless a server is named, or answers on this machine, `both` and `subscribe` run one until they end.
-Ctrl-C stops the flow, and leaves 3 s to handle what has come; a second Ctrl-C ends all at once.
+Ctrl-C stops the flow, and leaves 3 s to handle what has come; a second one stops everything now.
 
 examples:
   pub_sub_nats_os.py                                 5 messages, both roles in one process
@@ -43,7 +43,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
-PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # every container has a process 1
+PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # in a container, all are process 1
 tell = partial(print, file=sys.stderr)  # of events and errors
 hide = partial(re.sub, "//.*@", "//***@")  # the password in a URL, which argparse would repeat
 
@@ -70,8 +70,8 @@ async def exchange(options: Namespace, tally: Tally, stop: Event) -> None:
 async def connect(servers: str, stop: Event) -> Client:
     """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
 
-    If the server dies later, publish() waits while the client tries to reconnect; then it renews
-    the subscriptions, and the flow goes on. What was on its way or in the server is lost, and what
+    If the server dies later, publish() waits; the client tries to reconnect, then renews the
+    subscriptions, and the flow goes on. Lost is what was on its way or in the server, and what
     others sent meanwhile. After half a minute the client gives up, and the program ends.
     """
     nc, tell_once = Client(), cache(tell)  # the client tries again and again
@@ -146,10 +146,10 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, n
         if tally.received == wanted:
             stop.set()
 
-    # A callback, because `async for` makes a task for each message, and takes twice as long.
+    # A callback: `async for` would make a task for each message, and take twice as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
     tally.subscriptions[subscription] = due
-    await confirm(nc)  # only now is it sure that the server knows us, and sends what comes
+    await confirm(nc)  # only then it is sure that the server knows us, and sends what comes
     if not quiet:
         say(f"{name} listening on {options.subject}")
 
@@ -180,7 +180,7 @@ def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     return b"", 0, 0, data
 
 
-# --- Copy what is above, and replace `options`, say() and `tally` (keep the subscriptions).
+# --- Copy what is above; replace `options`, `tally` (keep the subscriptions) and say(); set `stop`.
 # --- What is below is not about NATS: counting, Ctrl-C, a server of one's own, the command line.
 
 
@@ -189,8 +189,8 @@ class Tally:
 
     `publish` knows of no loss. `subscribe` counts the numbers that are missing between the first
     and the last that it has seen of a publisher. So does `both`, which also knows all that it sent.
-    In a queue group gaps do not count, as another member may have the message. Always lost is what
-    came but was not handled: dropped, as the client's queue was full, or left by a cut drain.
+    In a queue group gaps do not count, as another member may have the message. Lost in any case is
+    what came but was not handled: dropped, as the client's queue was full, or left by a cut drain.
     """
 
     def __init__(self) -> None:
