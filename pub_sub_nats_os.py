@@ -45,7 +45,7 @@ from nats.aio.subscription import Subscription
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
 PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # in a container, all are process 1
 tell = partial(print, file=sys.stderr)  # of events and errors
-hide = partial(re.sub, "//.*@", "//***@")  # the password in a URL, which argparse would repeat
+hide = partial(re.sub, r"(//.*|\S+)@", "***@")  # the password in a URL, which argparse would repeat
 
 
 async def exchange(options: Namespace, tally: Tally, stop: Event) -> None:

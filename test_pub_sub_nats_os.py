@@ -287,7 +287,8 @@ BAD = table(
     --subject '' | --subject .a | --subject a. | --subject 'a b'                ; subject
     --subject a..b | --subject * | --subject a.> | publish --subject a.* | --subject a*b ; subject
     subscribe --subject a* | subscribe --subject >.a | subscribe --subject a.>b ; subject
-    neither | both publish | --unknown | nats://me:secret@a | -i nats://me:sec/ret@a ; cho|arg|float
+    neither | both publish | --unknown | nats://me:secret@a                     ; choice|arguments
+    both 'nats://me:se cret@a' | -i me:sec/ret@a | --sub me:secret@a            ; argum|float|could
     """
 )
 EACH = """
@@ -523,7 +524,7 @@ def test_first_connection_fails_soon_and_says_why(port_4222: None, script: Scrip
         runs = [
             (script(), f"127.0.0.1:{silent.getsockname()[1]}", "Timeout"),
             (script("-s", f"nats://{nobody}"), nobody, r"Errno 111.*Connect call failed"),
-            (script("publish", "-s", f"nats://me:wrong@{here}"), here, "Authorization Violation"),
+            (script("publish", "-s", f"me:wrong@{here}"), here, "Authorization Violation"),
         ]
         assert script("-s", f"nats://me:secret@{here}", "-c", "1").end() == 0
         for program, where, cause in runs:
