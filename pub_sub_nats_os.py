@@ -82,8 +82,10 @@ async def connect(servers: str, stop: Event) -> Client:
     async def on_change() -> None:
         if nc.is_closed:  # by us, by the server, or after half a minute without one
             stop.set()
+        elif nc.is_connected:
+            tell("reconnected")
         else:
-            tell("reconnected" if nc.is_connected else "disconnected: trying to reach a server")
+            tell("disconnected: trying to reach a server again")
 
     with suppress(TimeoutError):
         async with asyncio.timeout(2.5):  # by default the client would try for two minutes
@@ -134,13 +136,12 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, n
         if tally.received == wanted:
             tally.surplus += 1  # under way when the last one that is wanted came
             return
-        publisher, number, sent, text = decode(msg.data)
-        delay = now - sent
+        who, number, sent, text = decode(msg.data)
         if not quiet:
             if number:
-                text = b"#%d %b (%.2f ms from process %b)" % (number, text, delay / 1e6, publisher)
+                text = b"#%d %b (%.2f ms from process %b)" % (number, text, (now - sent) / 1e6, who)
             say(f"{name} <- {msg.subject} {text.decode(errors='backslashreplace')}")
-        add(due, publisher, number, delay, now)
+        add(due, who, number, now - sent, now)
         if work:
             await asyncio.sleep(work)
         if tally.received == wanted:

@@ -146,8 +146,8 @@ class Container(Server):
     """The server of docker-compose.yml, under a project name of its own."""
 
     def compose(self, *arguments: str) -> None:
-        command = ["docker", "compose", "-p", f"pub_sub_nats_os_{self.port}", *arguments]
-        environment = os.environ | {"NATS_PORT": str(self.port)}
+        project = {"COMPOSE_PROJECT_NAME": f"test_{self.port}", "NATS_PORT": str(self.port)}
+        command, environment = ["docker", "compose", *arguments], os.environ | project
         subprocess.run(command, cwd=HERE, env=environment, check=True, capture_output=True)
 
     start = partialmethod(compose, "up", "-d", "--wait")
@@ -161,15 +161,16 @@ class Container(Server):
 @pytest.fixture(scope="session")
 def the_server(pytestconfig: pytest.Config) -> Iterator[Server]:
     """The one server of all tests: a container if that can be had, else a process."""
-    server: Server = Container()
+    server: Any = Container()
     why = "it can be had"
     try:
         if os.environ.get("SERVER") == "process":
             raise OSError("SERVER=process")
+        server.compose("version")
         server.start()
     except (OSError, subprocess.CalledProcessError) as error:
-        words = getattr(error, "stderr", b"").decode().strip() or str(error)
-        why = f"no container: {words.splitlines()[-1]}"
+        words = getattr(error, "stderr", b"").decode().split() or [str(error)]
+        why = f"no container: {' '.join(words)[-200:]}"
         if os.environ.get("REQUIRE_CONTAINER") == "1":
             pytest.fail(why)
         server = Server()
