@@ -464,8 +464,9 @@ def test_ctrl_c(server: Server, script: Script, promise: str) -> None:
 
 def at_work(role: str, server: Server, script: Script, **more: Any) -> Program:
     """Return a run of that role that is at work, with its role as its subject."""
-    program = script(role, "-s", server.url, "--subject", role, "-i", "0.02", "-c", "9999", **more)
-    program.wait_for("listening" if role == "subscribe" else "#3 ")
+    options = ["--subject", role, "-n", "2", "-i", "0.02", "-c", "9999"]
+    program = script(role, "-s", server.url, *options, **more)
+    program.wait_for("2 listening" if role == "subscribe" else "#3 ")
     return program
 
 
@@ -482,7 +483,7 @@ def test_ctrl_c_without_an_answer_ends_in_time(server: Server, script: Script, s
     assert [program.end(within=6) for program in programs] == [2 if state == "kill" else 1, 2, 2]
     assert all(program.seen("^--- ") and program.seen("^error: ") for program in programs)
     counts = both.seen("^[0-9]+ sent, ")[0].split()
-    assert int(counts[4]) == int(counts[0]) - int(counts[2])
+    assert int(counts[4]) == 2 * int(counts[0]) - int(counts[2])
     getattr(server, {"kill": "start", "freeze": "thaw"}[state])()
 
 
