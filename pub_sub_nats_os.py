@@ -11,8 +11,8 @@ a copy of each message on it, and keeps none. So subscribers come first: what is
 the server knows them never reaches them. Delivery is "at most once": what is lost on the way stays
 lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
 
-Unless a server is named, or answers on this machine, `both` and `subscribe` run one until they end.
-Ctrl-C stops the flow, and leaves 3 s to handle what has come; a second one stops everything now.
+Unless a server is named, or answers here, `both` and `subscribe` run one until they end; `publish`
+needs one. Ctrl-C stops the flow, and leaves 3 s to handle what has come; a second one ends all now.
 
 examples:
   pub_sub_nats_os.py                                 5 messages, both roles in one process
@@ -31,7 +31,6 @@ import socket
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from asyncio import Event
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -45,16 +44,15 @@ from nats.aio.subscription import Subscription
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
 PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # in a container, all are process 1
 tell = partial(print, file=sys.stderr)  # of events and errors
-hide = partial(re.sub, r"(//.*|\S+)@", "***@")  # the password in a URL, which argparse would repeat
+hide = partial(re.sub, r"(//.*|\S+)@", "***@")  # a URL's password, in errors
 
 
-async def exchange(options: Namespace, tally: Tally, stop: Event) -> None:
+async def exchange(options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
     """Connect, start the subscribers, publish or wait for `stop`, confirm, drain, close."""
     nc = await connect(options.server or f"nats://{HOST}:{PORT}", stop)
     if options.role != "publish":
-        for n in range(1, options.subscribers + 1):
-            name = f"subscriber {n}" if options.subscribers > 1 else "subscriber"
-            await subscribe(nc, options, tally, stop, name)
+        for _ in range(options.subscribers):
+            await subscribe(nc, options, tally, stop)
     if options.role == "subscribe":
         await stop.wait()
     else:
@@ -62,22 +60,22 @@ async def exchange(options: Namespace, tally: Tally, stop: Event) -> None:
     # The server works in order: once it confirms, it has sent us the copies of all our messages.
     await confirm(nc)
     # Copies may still wait in the client for on_message(), and closing would throw them away. Drain
-    # hands over all that has come, and then ends the subscription.
+    # asks the server for no more, hands over all that has come, and ends the subscription.
     await asyncio.gather(*(each.drain() for each in tally.subscriptions))  # type: ignore[no-untyped-call]
     await nc.close()
 
 
-async def connect(servers: str, stop: Event) -> Client:
+async def connect(servers: str, stop: asyncio.Event) -> Client:
     """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
 
-    If the server dies later, publish() waits; the client tries to reconnect, then renews the
-    subscriptions, and the flow goes on. Lost is what was on its way or in the server, and what
-    others sent meanwhile. After half a minute the client gives up, and the program ends.
+    If the server dies later, our publish() waits. Once a server is back, the client reconnects and
+    renews the subscriptions, and the flow goes on; lost is what was on its way or in the server,
+    and what others sent meanwhile. If none is back in half a minute, the program ends.
     """
     nc, tell_once = Client(), cache(tell)  # the client tries again and again
 
     async def on_error(error: Exception) -> None:
-        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # whatever the subject
+        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # of a slow consumer
 
     async def on_change() -> None:
         if nc.is_closed:  # by us, by the server, or after half a minute without one
@@ -97,13 +95,13 @@ async def connect(servers: str, stop: Event) -> Client:
                 closed_cb=on_change,
                 reconnect_time_wait=0.25,  # type: ignore[arg-type]
                 max_reconnect_attempts=120,  # half a minute
-                ping_interval=10,  # finds a server that is frozen, in half a minute
+                ping_interval=10,  # a frozen server is given up at the third without an answer
             )
             return nc
     raise TimeoutError(f"no connection to a NATS server at {hide(servers)} within 2.5 s")
 
 
-async def publish(nc: Client, options: Namespace, tally: Tally, stop: Event) -> None:
+async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
     """Publish messages, whether or not anyone listens, until all are sent or `stop` is set."""
     subject, text, quiet = options.subject, os.fsencode(options.message), options.quiet
     interval, count = options.interval, options.count or 5
@@ -125,9 +123,10 @@ async def publish(nc: Client, options: Namespace, tally: Tally, stop: Event) -> 
             await asyncio.sleep(0)  # nc.publish() fills a buffer: let the client send and receive
 
 
-async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, name: str) -> None:
-    """Start a subscriber; return when the server knows it."""
-    wanted = options.count if options.role == "subscribe" else -1
+async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
+    """Start a subscriber (a queue group shares the copies); return when the server knows it."""
+    wanted = options.count if options.role == "subscribe" else None
+    name = f"subscriber {len(tally.subscriptions) + 1}" if options.subscribers > 1 else "subscriber"
     quiet, work, due, add = options.quiet, options.work, {PUBLISHER: 1}, tally.add
 
     async def on_message(msg: Msg) -> None:
@@ -150,7 +149,7 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, n
     # A callback: `async for` would make a task for each message, and take twice as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
     tally.subscriptions[subscription] = due
-    await confirm(nc)  # only then is it sure that the server knows us, and sends what comes
+    await confirm(nc)  # before "listening": only now is it sure that the server sends what comes
     if not quiet:
         say(f"{name} listening on {options.subject}")
 
@@ -158,8 +157,8 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: Event, n
 async def confirm(nc: Client) -> None:
     """Wait until the server has processed all that we sent; raise ConnectionError if it is gone.
 
-    flush() sends PING and awaits PONG. But PING overtakes what is in the client's buffer, which is
-    sent while the first PONG is awaited; so the second PING comes after that.
+    flush() sends PING and awaits PONG, which the server sends in its turn. But PING overtakes what
+    is still in the client's buffer. That is sent while PONG is awaited: a second PING comes after.
     """
     for _ in range(2):
         if not nc.is_connected:
@@ -174,24 +173,24 @@ def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     """
     try:
         publisher, digits, sent, text = data.split(b" ", 3)
-        if len(sent) == 19 > len(digits) and (number := int(digits)) > 0:
+        if len(sent) == 19 and len(digits) < 19 and (number := int(digits)) > 0:
             return publisher, number, int(sent), text
     except ValueError:  # not four words, or not a number
         pass
     return b"", 0, 0, data
 
 
-# --- Copy what is above; replace `options`, `tally` (keep the subscriptions) and say(); set `stop`.
-# --- What is below is not about NATS: counting, Ctrl-C, a server of one's own, the command line.
+# --- Copy what is above: no `tally` (but keep the subscriptions), no say(), your own `options`, and
+# --- stop.set() to end it. What is below is not about NATS: counting, Ctrl-C, a server, options.
 
 
 class Tally:
     """What this process has sent and received, and what it knows to be lost.
 
-    `publish` knows of no loss. `subscribe` counts the numbers that are missing between the first
-    and the last that it has seen of a publisher. So does `both`, which also knows all that it sent.
-    In a queue group gaps do not count, as another member may have the message. Lost in any case is
-    what came but was not handled: dropped, as the client's queue was full, or left by a cut drain.
+    `publish` knows of no loss. `subscribe` counts the numbers missing between the first and the
+    last seen of each publisher; so does `both`, and of its own those before and after as well. In a
+    queue group gaps do not count: another member may have the message. Lost anyway is what came but
+    was not handled: dropped from a full queue, left by a cut drain, or, in a group, beyond --count.
     """
 
     def __init__(self) -> None:
@@ -205,7 +204,7 @@ class Tally:
         self.received += 1
         self.ended = now
         expected = due.get(who)
-        if number != expected:  # the first one, one after a gap, or one without a number
+        if number != expected:  # the first, one out of order, or one without a number
             self.began = self.began or now
             if not number:
                 self.strange += 1
@@ -220,11 +219,12 @@ class Tally:
 
     def report(self, options: Namespace) -> int:
         """Print the statistics, as ping does; return how many messages are lost."""
+        # What the client dropped is `delivered`, too. Most of it is missing as well: hence max().
+        skipped = sum(each.delivered for each in self.subscriptions) - self.received
         left = sum(each.pending_msgs for each in self.subscriptions)
-        own = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
-        missing = self.gaps + max(left, own)  # in between, and after the last number seen
-        skipped = sum(each.delivered for each in self.subscriptions) - self.received - self.surplus
-        lost = skipped if options.queue else max(skipped, missing)  # a drop is in both counts
+        unseen = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
+        missing = self.gaps + max(left, unseen)  # between the numbers, and after the last one seen
+        lost = skipped if options.queue else max(skipped - self.surplus, missing)
         counts = [f"{self.sent} sent"] if options.role != "subscribe" else []
         if self.subscriptions:
             counts.append(f"{self.received} received")
@@ -252,19 +252,19 @@ def say(line: str) -> None:
 
 
 async def run(options: Namespace, tally: Tally) -> None:
-    """Exchange messages; Ctrl-C leaves 3 s to drain, a second one cancels all: CancelledError."""
-    stop, pressed, loop = Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
+    """Exchange messages, until 3 s after Ctrl-C, or a second one; raise CancelledError if cut."""
+    stop, pressed, loop = asyncio.Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
     signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
-    for number in signals:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(pressed.release))
+    for each in signals:
+        signal.signal(each, lambda *_: loop.call_soon_threadsafe(pressed.release))
     with local_server(options):
         exchanging = asyncio.create_task(exchange(options, tally, stop))
         for limit in (None, 3):  # no limit, then 3 s from Ctrl-C on
             ctrl_c = asyncio.create_task(pressed.acquire())
             await asyncio.wait({exchanging, ctrl_c}, timeout=limit, return_when="FIRST_COMPLETED")
             stop.set()
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)  # the rest is short, and not to be disturbed
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)  # the rest is short, and not to be disturbed
         # Again and again, for the client can swallow a cancellation, and carry on.
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:
@@ -296,7 +296,7 @@ def local_server(options: Namespace) -> Iterator[None]:
             for _ in range(500):  # 2.5 s at most
                 if os.listdir(folder) or server.poll() is not None:
                     break
-                sleep(0.005)
+                sleep(0.005)  # nothing else is to run yet
             if server.poll() is None:  # else another run has won the port
                 tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
             yield
@@ -332,18 +332,18 @@ def arguments() -> Namespace:
 
 
 def main() -> int:
-    """Run the program; return 1 if messages are lost, 2 if something else went wrong, or 0."""
-    options, tally, done, fault = arguments(), Tally(), False, ""
+    """Run the program; return 2 after an error, 1 if messages are lost, 2 if it was cut, or 0."""
+    options, tally, fault, cut = arguments(), Tally(), "", ""
     try:
-        with suppress(asyncio.CancelledError):
-            asyncio.run(run(options, tally))
-            done = True
+        asyncio.run(run(options, tally))
+    except asyncio.CancelledError:
+        cut = "ended before the drain was done"
     except (Exception, KeyboardInterrupt) as error:
         fault = str(error) or repr(error)
     lost = tally.report(options) if tally.sent or tally.subscriptions else 0
-    if not done:
-        tell(f"error: {fault or 'ended before the drain was done'}")
-    return 2 if fault else 1 if lost else 0 if done else 2
+    if fault or cut:
+        tell(f"error: {fault or cut}")
+    return 2 if fault else 1 if lost else 2 if cut else 0
 
 
 if __name__ == "__main__":
