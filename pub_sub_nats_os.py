@@ -11,8 +11,8 @@ a copy of each message on it, and keeps none. So subscribers come first: what is
 the server knows them never reaches them. Delivery is "at most once": what is lost on the way stays
 lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
 
-Unless a server is named, or answers here, `both` and `subscribe` run one until they end; `publish`
-needs one. Ctrl-C stops the flow, and leaves 3 s to handle what has come; a second one ends all now.
+Unless a server is named, or answers here, the roles `both` and `subscribe` run one until they end;
+`publish` needs one. Ctrl-C stops the flow, and leaves 3 s to handle what came; a second ends all.
 
 examples:
   pub_sub_nats_os.py                                 5 messages, both roles in one process
@@ -57,7 +57,7 @@ async def exchange(options: Namespace, tally: Tally, stop: asyncio.Event) -> Non
         await stop.wait()
     else:
         await publish(nc, options, tally, stop)
-    # The server works in order: once it confirms, it has sent us the copies of all our messages.
+    # The server works in order: once it confirms, it has all we sent, and has sent us our copies.
     await confirm(nc)
     # Copies may still wait in the client for on_message(), and closing would throw them away. Drain
     # asks the server for no more, hands over all that has come, and ends the subscription.
@@ -68,14 +68,14 @@ async def exchange(options: Namespace, tally: Tally, stop: asyncio.Event) -> Non
 async def connect(servers: str, stop: asyncio.Event) -> Client:
     """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
 
-    If the server dies later, our publish() waits. Once a server is back, the client reconnects and
-    renews the subscriptions, and the flow goes on; lost is what was on its way or in the server,
-    and what others sent meanwhile. If none is back in half a minute, the program ends.
+    If the server dies later, publish() waits. Once somebody starts it again, the client reconnects
+    and renews the subscriptions, and the flow goes on. What was on its way or in the server is
+    lost, and so is what others sent meanwhile. If none is there in half a minute, the program ends.
     """
-    nc, tell_once = Client(), cache(tell)  # the client tries again and again
+    nc, tell_once = Client(), cache(tell)  # cache: the same error is told once
 
     async def on_error(error: Exception) -> None:
-        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # of a slow consumer
+        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # slow consumer: full queue
 
     async def on_change() -> None:
         if nc.is_closed:  # by us, by the server, or after half a minute without one
@@ -124,10 +124,10 @@ async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Ev
 
 
 async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
-    """Start a subscriber (a queue group shares the copies); return when the server knows it."""
+    """Start a subscriber; return when the server knows it. In a queue group, one gets the copy."""
     wanted = options.count if options.role == "subscribe" else None
     name = f"subscriber {len(tally.subscriptions) + 1}" if options.subscribers > 1 else "subscriber"
-    quiet, work, due, add = options.quiet, options.work, {PUBLISHER: 1}, tally.add
+    quiet, work, due, add = options.quiet, options.work, {PUBLISHER: 1}, tally.add  # due: next no.
 
     async def on_message(msg: Msg) -> None:
         """Show a message, and count it. The next one waits until this one is done."""
@@ -149,7 +149,7 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.
     # A callback: `async for` would make a task for each message, and take twice as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
     tally.subscriptions[subscription] = due
-    await confirm(nc)  # before "listening": only now is it sure that the server sends what comes
+    await confirm(nc)  # before "listening": until the server knows us, messages pass us by
     if not quiet:
         say(f"{name} listening on {options.subject}")
 
@@ -157,8 +157,8 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.
 async def confirm(nc: Client) -> None:
     """Wait until the server has processed all that we sent; raise ConnectionError if it is gone.
 
-    flush() sends PING and awaits PONG, which the server sends in its turn. But PING overtakes what
-    is still in the client's buffer. That is sent while PONG is awaited: a second PING comes after.
+    flush() sends PING and awaits the server's PONG. But PING overtakes what is in the client's
+    buffer, so the first PONG proves nothing; by then the buffer is sent, and the second one counts.
     """
     for _ in range(2):
         if not nc.is_connected:
@@ -175,22 +175,22 @@ def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
         publisher, digits, sent, text = data.split(b" ", 3)
         if len(sent) == 19 and len(digits) < 19 and (number := int(digits)) > 0:
             return publisher, number, int(sent), text
-    except ValueError:  # not four words, or not a number
+    except ValueError:  # not four parts, or not a number
         pass
     return b"", 0, 0, data
 
 
-# --- Copy what is above: no `tally` (but keep the subscriptions), no say(), your own `options`, and
-# --- stop.set() to end it. What is below is not about NATS: counting, Ctrl-C, a server, options.
+# --- Copy what is above, with your own `options`, without say() and `tally` (but keep the list of
+# --- subscriptions). What is below is not about NATS: counting, Ctrl-C, a server, options.
 
 
 class Tally:
     """What this process has sent and received, and what it knows to be lost.
 
-    `publish` knows of no loss. `subscribe` counts the numbers missing between the first and the
-    last seen of each publisher; so does `both`, and of its own those before and after as well. In a
-    queue group gaps do not count: another member may have the message. Lost anyway is what came but
-    was not handled: dropped from a full queue, left by a cut drain, or, in a group, beyond --count.
+    `publish` knows of no loss. A subscriber counts the numbers missing between the first and the
+    last seen of each publisher; in `both`, of our own, also those before and after. In a queue
+    group gaps do not count: another member may have the message. What came but was not handled is
+    always lost: dropped from a full queue, left by a cut drain, or, in a group, beyond --count.
     """
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class Tally:
 
     def report(self, options: Namespace) -> int:
         """Print the statistics, as ping does; return how many messages are lost."""
-        # What the client dropped is `delivered`, too. Most of it is missing as well: hence max().
+        # `delivered` is all that came, even if dropped; a drop mostly leaves a gap: hence max().
         skipped = sum(each.delivered for each in self.subscriptions) - self.received
         left = sum(each.pending_msgs for each in self.subscriptions)
         unseen = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
@@ -252,7 +252,7 @@ def say(line: str) -> None:
 
 
 async def run(options: Namespace, tally: Tally) -> None:
-    """Exchange messages, until 3 s after Ctrl-C, or a second one; raise CancelledError if cut."""
+    """Exchange messages; Ctrl-C ends it in 3 s, a second one now. Raise CancelledError if cut."""
     stop, pressed, loop = asyncio.Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
     signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
     for each in signals:
@@ -297,7 +297,7 @@ def local_server(options: Namespace) -> Iterator[None]:
                 if os.listdir(folder) or server.poll() is not None:
                     break
                 sleep(0.005)  # nothing else is to run yet
-            if server.poll() is None:  # else another run has won the port
+            if server.poll() is None:  # else another run has won the port, mostly
                 tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
             yield
         finally:
