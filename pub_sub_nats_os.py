@@ -12,7 +12,7 @@ the server knows them never reaches them. Delivery is "at most once": what is lo
 lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
 
 Unless a server is named, or answers here, the roles `both` and `subscribe` run one until they end;
-`publish` needs one. Ctrl-C stops the flow, and leaves 3 s to handle what came; a second ends all.
+`publish` needs one. Ctrl-C stops the flow, with 3 s at most to handle what came; a second ends all.
 
 examples:
   pub_sub_nats_os.py                                 5 messages, both roles in one process
@@ -42,7 +42,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
-PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # in a container, all are process 1
+PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # each container has a process 1
 tell = partial(print, file=sys.stderr)  # of events and errors
 hide = partial(re.sub, r"(//.*|\S+)@", "***@")  # a URL's password, in errors
 
@@ -68,9 +68,9 @@ async def exchange(options: Namespace, tally: Tally, stop: asyncio.Event) -> Non
 async def connect(servers: str, stop: asyncio.Event) -> Client:
     """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
 
-    If the server dies later, publish() waits. Once somebody starts it again, the client reconnects
-    and renews the subscriptions, and the flow goes on. What was on its way or in the server is
-    lost, and so is what others sent meanwhile. If none is there in half a minute, the program ends.
+    If the server dies later, publish() waits. Once somebody starts it again (we do not), the client
+    reconnects, renews the subscriptions, and the flow goes on. What was under way is lost, and so
+    is what others publish before we are back. After half a minute without one, the program ends.
     """
     nc, tell_once = Client(), cache(tell)  # cache: the same error is told once
 
@@ -127,7 +127,7 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.
     """Start a subscriber; return when the server knows it. In a queue group, one gets the copy."""
     wanted = options.count if options.role == "subscribe" else None
     name = f"subscriber {len(tally.subscriptions) + 1}" if options.subscribers > 1 else "subscriber"
-    quiet, work, due, add = options.quiet, options.work, {PUBLISHER: 1}, tally.add  # due: next no.
+    quiet, work, due = options.quiet, options.work, {PUBLISHER: 1}  # due: publisher -> next number
 
     async def on_message(msg: Msg) -> None:
         """Show a message, and count it. The next one waits until this one is done."""
@@ -140,13 +140,13 @@ async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.
             if number:
                 text = b"#%d %b (%.2f ms from process %b)" % (number, text, (now - sent) / 1e6, who)
             say(f"{name} <- {msg.subject} {text.decode(errors='backslashreplace')}")
-        add(due, who, number, now - sent, now)
+        tally.add(due, who, number, now - sent, now)
         if work:
             await asyncio.sleep(work)
         if tally.received == wanted:
             stop.set()
 
-    # A callback: `async for` would make a task for each message, and take twice as long.
+    # A callback: nats-py's `async for` makes a task for each message, and takes twice as long.
     subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
     tally.subscriptions[subscription] = due
     await confirm(nc)  # before "listening": until the server knows us, messages pass us by
@@ -180,17 +180,17 @@ def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
     return b"", 0, 0, data
 
 
-# --- Copy what is above, with your own `options`, without say() and `tally` (but keep the list of
-# --- subscriptions). What is below is not about NATS: counting, Ctrl-C, a server, options.
+# --- Copy what is above, with your own `options` and `stop`, without say() and `tally` (but keep
+# --- the subscriptions, to drain them). Below, not about NATS: counting, Ctrl-C, a server, options.
 
 
 class Tally:
     """What this process has sent and received, and what it knows to be lost.
 
-    `publish` knows of no loss. A subscriber counts the numbers missing between the first and the
-    last seen of each publisher; in `both`, of our own, also those before and after. In a queue
-    group gaps do not count: another member may have the message. What came but was not handled is
-    always lost: dropped from a full queue, left by a cut drain, or, in a group, beyond --count.
+    `publish` cannot know. A subscriber counts the numbers missing between the first and the last
+    seen of each publisher, and in `both` those before and after, too, of our own messages. In a
+    queue group gaps do not count: another member may have it. Always lost is what came but was not
+    handled: dropped from a full queue, left by a cut drain, or, in a group, beyond --count.
     """
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class Tally:
         self.received += 1
         self.ended = now
         expected = due.get(who)
-        if number != expected:  # the first, one out of order, or one without a number
+        if number != expected:  # the first, after a gap, out of order, or none
             self.began = self.began or now
             if not number:
                 self.strange += 1
@@ -219,7 +219,7 @@ class Tally:
 
     def report(self, options: Namespace) -> int:
         """Print the statistics, as ping does; return how many messages are lost."""
-        # `delivered` is all that came, even if dropped; a drop mostly leaves a gap: hence max().
+        # `delivered` counts drops, too; most drops also leave a gap: so the larger, not the sum.
         skipped = sum(each.delivered for each in self.subscriptions) - self.received
         left = sum(each.pending_msgs for each in self.subscriptions)
         unseen = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
@@ -252,14 +252,14 @@ def say(line: str) -> None:
 
 
 async def run(options: Namespace, tally: Tally) -> None:
-    """Exchange messages; Ctrl-C ends it in 3 s, a second one now. Raise CancelledError if cut."""
+    """Exchange messages; Ctrl-C ends it in 3 s at most, a second one now: CancelledError if cut."""
     stop, pressed, loop = asyncio.Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
     signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
     for each in signals:
         signal.signal(each, lambda *_: loop.call_soon_threadsafe(pressed.release))
     with local_server(options):
         exchanging = asyncio.create_task(exchange(options, tally, stop))
-        for limit in (None, 3):  # no limit, then 3 s from Ctrl-C on
+        for limit in (None, 3):  # until done or Ctrl-C; then until done, Ctrl-C or 3 s
             ctrl_c = asyncio.create_task(pressed.acquire())
             await asyncio.wait({exchanging, ctrl_c}, timeout=limit, return_when="FIRST_COMPLETED")
             stop.set()
@@ -275,7 +275,7 @@ async def run(options: Namespace, tally: Tally) -> None:
 
 @contextmanager
 def local_server(options: Namespace) -> Iterator[None]:
-    """Run a nats-server until the block ends, unless one is named or answers; raise OSError."""
+    """Run a nats-server until the block ends, unless one is named or answers, or raise OSError."""
     with socket.socket() as probe:
         found = options.server or probe.connect_ex((HOST, PORT)) == 0
     if found:
@@ -332,7 +332,7 @@ def arguments() -> Namespace:
 
 
 def main() -> int:
-    """Run the program; return 2 after an error, 1 if messages are lost, 2 if it was cut, or 0."""
+    """Run the program; return 2 after an error, or 1 after a loss, or 2 if it was cut, or 0."""
     options, tally, fault, cut = arguments(), Tally(), "", ""
     try:
         asyncio.run(run(options, tally))
