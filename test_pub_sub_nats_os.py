@@ -169,10 +169,11 @@ def the_server(pytestconfig: pytest.Config) -> Iterator[Server]:
     except (OSError, subprocess.CalledProcessError) as error:
         words = getattr(error, "stderr", b"").decode().split() or [str(error)]
         why = f"no container: {' '.join(words)[-200:]}"
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            server.close()  # it may have been started, and not be healthy
         if os.environ.get("REQUIRE_CONTAINER") == "1":
             pytest.fail(why)
-        server = Server()
-        server.start()
+        server = Server().start()
 
     class Summary:
         @staticmethod
