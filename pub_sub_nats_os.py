@@ -12,8 +12,8 @@ that moment, and keeps nothing: a late subscriber gets only what comes from then
 on. In a queue group (--queue NAME), only one member gets each message.
 Delivery is at most once: a message is lost if nobody is subscribed, if a
 connection breaks, or if a subscriber is too slow. The publisher is not told. So
-ours are numbered: without --queue, a subscriber reports a gap. It cannot see a
-loss before the first it gets from another process, or after the last.
+we number messages: without --queue, a subscriber reports any gap, but not a
+loss before its first from another process, or after its last.
 If nothing listens at the default address, 127.0.0.1:4222, the script starts a
 nats-server, and stops it when it exits, even if others use it. Ctrl-C ends the
 script once messages in flight are handled; a second one ends it at once.
@@ -46,14 +46,14 @@ errors: list[Exception] = []  # run() raises the first at its end
 
 
 async def flush() -> None:
-    """Send PING, await PONG: by then, the server has processed all that we sent."""
-    await nc.flush(timeout=3)  # this PING may be sent ahead of buffered messages
-    await nc.flush(timeout=3)  # this one is sent after them
+    """PING and PONG, twice: then the server has processed all that we sent."""
+    await nc.flush(timeout=3)  # its PING may overtake buffered messages
+    await nc.flush(timeout=3)  # this one cannot: they are sent first
 
 
 async def publisher(args: Namespace) -> None:
     """Publish numbered messages until all are sent or `stop` is set."""
-    await flush()  # by then, our subscriber listens: run() starts it first
+    await flush()  # our subscriber listens by then: run() starts it first
     sent = 0
     while not stop.is_set():
         sent += 1
@@ -63,7 +63,7 @@ async def publisher(args: Namespace) -> None:
             print(repr(f"publisher  -> {args.subject} #{sent} {args.message}")[1:-1])
         if sent == args.count:
             stop.set()
-        elif args.interval or sent % 100 == 0:  # or let the client send
+        elif args.interval or sent % 100 == 0:  # at 0, let the client send
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), timeout=args.interval)
     await flush()
@@ -104,7 +104,7 @@ async def subscriber(args: Namespace) -> None:
     # A callback: `async for` on sub.messages makes a task per message: half the speed.
     sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
     await flush()  # until the server has our subscription, we miss what is published
-    if not stop.is_set():  # unless refused
+    if not stop.is_set():  # unless on_error() did
         print(f"subscriber listening on {args.subject}")
     await stop.wait()
     await flush()  # its PONG comes after the messages on their way to us
@@ -128,12 +128,13 @@ async def run(args: Namespace) -> None:
         print("reconnected")
 
     async def on_error(error: Exception) -> None:
-        # These end the run: a failed on_message(), our login refused by the only server,
-        # and errors such as a slow consumer. The client reconnects after the others.
+        if isinstance(error, (OSError, StaleConnectionError)):
+            return  # a broken connection: the client reconnects
+        # Others end the run, such as a slow consumer; while it reconnects, only a failed
+        # on_message() does, or a login that the only server refuses.
         failed = isinstance(error, RuntimeError)
         refused = "Authorization" in str(error) and len(nc.servers) == 1
-        broken = isinstance(error, (OSError, StaleConnectionError))
-        if failed or refused or (nc.is_connected and not broken):
+        if nc.is_connected or failed or refused:
             errors.append(error)
             stop.set()
 
@@ -196,7 +197,7 @@ async def main() -> None:
     add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
     add("--subject", default="greetings")
     add("-c", "--count", type=int, default=5, help="how many")
-    add("-i", "--interval", type=float, default=0.5, help="seconds between")
+    add("-i", "--interval", type=float, default=0.5, help="seconds")
     add("-m", "--message", default="Hello, NATS!")
     add("--queue", default="")
     add("-q", "--quiet", action="store_true", help="no individual messages")
@@ -230,7 +231,7 @@ if __name__ == "__main__":
         except KeyboardInterrupt:
             stop_server()
             sys.stderr.write("error: interrupted\n")
-            os._exit(1)  # the tasks may hang
+            os._exit(1)
         except Error as error:
             sys.exit(f"error: {error}")
         except TimeoutError:
