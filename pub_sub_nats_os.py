@@ -12,12 +12,12 @@ that moment, and keeps nothing: a late subscriber gets only what comes from then
 on. In a queue group (--queue NAME), only one member gets each message.
 Delivery is at most once: a message is lost if nobody is subscribed, if a
 connection breaks, or if a subscriber is too slow. The publisher is not told. So
-we number messages: without --queue, a subscriber reports any gap, but not a
-loss before its first from another process, or after its last.
+it numbers its messages, and without --queue, a subscriber reports gaps. A loss
+before its first message from another process, or after its last, goes unseen.
 If nothing listens at the default address, 127.0.0.1:4222, the script starts a
 nats-server, and stops it when it exits, even if others use it. Ctrl-C ends the
 script once messages in flight are handled; a second one ends it at once.
-Exit status: 0, or 1 after an error, a loss or a second Ctrl-C.
+Exit status 1 means an error, a loss or a second Ctrl-C.
 """
 
 import asyncio
@@ -46,13 +46,13 @@ errors: list[Exception] = []  # run() raises the first at its end
 
 
 async def flush() -> None:
-    """PING and PONG, twice: then the server has processed all that we sent."""
-    await nc.flush(timeout=3)  # its PING may overtake buffered messages
-    await nc.flush(timeout=3)  # this one cannot: they are sent first
+    """Send PING, await PONG, twice: then the server has processed all that we sent."""
+    await nc.flush(timeout=3)  # its PING may overtake messages in the client's buffer
+    await nc.flush(timeout=3)  # the buffer is sent by now: this PING follows it
 
 
 async def publisher(args: Namespace) -> None:
-    """Publish numbered messages until all are sent or `stop` is set."""
+    """Publish messages until all are sent, or `stop` is set."""
     await flush()  # our subscriber listens by then: run() starts it first
     sent = 0
     while not stop.is_set():
@@ -71,9 +71,9 @@ async def publisher(args: Namespace) -> None:
 
 
 async def subscriber(args: Namespace) -> None:
-    """Receive messages until `stop` is set; raise Error if some were lost."""
+    """Receive messages until `stop` is set; raise Error if any were lost."""
     received = lost = 0
-    expected = {PROCESS: 1}  # we may join another publisher midway
+    expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
     # Called for one message at a time. Others wait in the client, up to 524,288
     # messages or 128 MiB; then it drops new ones (slow consumer): the run ends.
@@ -101,10 +101,10 @@ async def subscriber(args: Namespace) -> None:
         except Exception as error:  # for on_error(), which ends the run
             raise RuntimeError("on_message() failed") from error
 
-    # A callback: `async for` on sub.messages makes a task per message: half the speed.
+    # A callback: `async for` creates a task per message, and has half the speed.
     sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
     await flush()  # until the server has our subscription, we miss what is published
-    if not stop.is_set():  # unless on_error() did
+    if not stop.is_set():  # unless it has refused
         print(f"subscriber listening on {args.subject}")
     await stop.wait()
     await flush()  # its PONG comes after the messages on their way to us
@@ -130,8 +130,8 @@ async def run(args: Namespace) -> None:
     async def on_error(error: Exception) -> None:
         if isinstance(error, (OSError, StaleConnectionError)):
             return  # a broken connection: the client reconnects
-        # Others end the run, such as a slow consumer; while it reconnects, only a failed
-        # on_message() does, or a login that the only server refuses.
+        # Any other error ends the run, such as a slow consumer. While reconnecting, only
+        # two do: a failed on_message(), and the only server refusing our login.
         failed = isinstance(error, RuntimeError)
         refused = "Authorization" in str(error) and len(nc.servers) == 1
         if nc.is_connected or failed or refused:
@@ -149,7 +149,7 @@ async def run(args: Namespace) -> None:
             error_cb=on_error,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.25,  # type: ignore[arg-type]
-            flush_timeout=1,  # or a full buffer would block publish()
+            flush_timeout=1,  # or publish() could block
             pedantic=True,  # the server checks the subject
         )
     tasks = []
@@ -164,7 +164,7 @@ async def run(args: Namespace) -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     if not nc.is_connected:
         errors.append(Error(f"no connection: {nc.last_error!r}"))
-    with suppress(OSError):  # the server may be frozen
+    with suppress(OSError):  # it may be frozen
         await asyncio.wait_for(nc.close(), timeout=0.5)
     for error in [*errors, *results]:
         if error:
@@ -196,7 +196,7 @@ async def main() -> None:
     url = os.environ.get("NATS_URL", LOCAL)
     add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
     add("--subject", default="greetings")
-    add("-c", "--count", type=int, default=5, help="how many")
+    add("-c", "--count", type=int, default=5)
     add("-i", "--interval", type=float, default=0.5, help="seconds")
     add("-m", "--message", default="Hello, NATS!")
     add("--queue", default="")
