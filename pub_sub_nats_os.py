@@ -7,13 +7,13 @@
 Without arguments, one process publishes and receives five messages. Or start
 `subscribe`, which listens until Ctrl-C, and then `publish` in another terminal.
 
-The server copies each message to everyone who is subscribed to its subject at
-that moment, and keeps nothing: a late subscriber gets only what comes from then
-on. In a queue group (--queue NAME), only one member gets each message.
+The server copies each message to all current subscribers of its subject, and
+keeps nothing: a late subscriber gets only what comes from then on. In a queue
+group (--queue NAME), only one member gets each message.
 Delivery is at most once: a message is lost if nobody is subscribed, if a
 connection breaks, or if a subscriber is too slow. The publisher is not told. So
-it numbers its messages, and without --queue, a subscriber reports gaps. A loss
-before its first message from another process, or after its last, goes unseen.
+it numbers its messages, and without --queue, a subscriber reports gaps. Unseen
+are losses before the first message from another process, and after the last.
 If nothing listens at the default address, 127.0.0.1:4222, the script starts a
 nats-server, and stops it when it exits, even if others use it. Ctrl-C ends the
 script once messages in flight are handled; a second one ends it at once.
@@ -46,9 +46,9 @@ errors: list[Exception] = []  # run() raises the first at its end
 
 
 async def flush() -> None:
-    """Send PING, await PONG, twice: then the server has processed all that we sent."""
-    await nc.flush(timeout=3)  # its PING may overtake messages in the client's buffer
-    await nc.flush(timeout=3)  # the buffer is sent by now: this PING follows it
+    """Wait until the server has processed all that we sent: PING, await PONG, twice."""
+    await nc.flush(timeout=3)  # its PING may overtake messages that are buffered
+    await nc.flush(timeout=3)  # they are sent before the PONG; this PING follows
 
 
 async def publisher(args: Namespace) -> None:
@@ -60,7 +60,8 @@ async def publisher(args: Namespace) -> None:
         payload = f"{PROCESS} {sent} {time.time_ns()} {args.message}"
         await nc.publish(args.subject, payload.encode())
         if not args.quiet:
-            print(repr(f"publisher  -> {args.subject} #{sent} {args.message}")[1:-1])
+            line = f"publisher  -> {args.subject} #{sent} {args.message}"
+            print(repr(line)[1:-1])  # repr() escapes control characters
         if sent == args.count:
             stop.set()
         elif args.interval or sent % 100 == 0:  # at 0, let the client send
@@ -97,14 +98,14 @@ async def subscriber(args: Namespace) -> None:
                 if ours:
                     latency = (time.time_ns() - int(sent_at)) / 1e6
                     text = f"#{number} {text} ({latency:.2f} ms from process {sender})"
-                print(repr(f"subscriber <- {msg.subject} {text}")[1:-1])  # escaped
+                print(repr(f"subscriber <- {msg.subject} {text}")[1:-1])
         except Exception as error:  # for on_error(), which ends the run
             raise RuntimeError("on_message() failed") from error
 
     # A callback: `async for` creates a task per message, and has half the speed.
     sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
     await flush()  # until the server has our subscription, we miss what is published
-    if not stop.is_set():  # unless it has refused
+    if not stop.is_set():  # on_error() sets it if refused
         print(f"subscriber listening on {args.subject}")
     await stop.wait()
     await flush()  # its PONG comes after the messages on their way to us
@@ -116,10 +117,10 @@ async def subscriber(args: Namespace) -> None:
 
 
 async def run(args: Namespace) -> None:
-    """Connect, run the coroutines concurrently, close; raise the first error."""
+    """Connect, run the coroutines, close; raise the first error."""
 
     async def on_disconnect() -> None:
-        if nc.is_closed:
+        if nc.is_closed:  # for good
             stop.set()
         else:
             print("disconnected")
@@ -130,9 +131,8 @@ async def run(args: Namespace) -> None:
     async def on_error(error: Exception) -> None:
         if isinstance(error, (OSError, StaleConnectionError)):
             return  # a broken connection: the client reconnects
-        # Any other error ends the run, such as a slow consumer. While reconnecting, only
-        # two do: a failed on_message(), and the only server refusing our login.
-        failed = isinstance(error, RuntimeError)
+        # Other errors end the run, but while the client reconnects, only these two:
+        failed = isinstance(error, RuntimeError)  # in on_message()
         refused = "Authorization" in str(error) and len(nc.servers) == 1
         if nc.is_connected or failed or refused:
             errors.append(error)
@@ -149,7 +149,7 @@ async def run(args: Namespace) -> None:
             error_cb=on_error,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.25,  # type: ignore[arg-type]
-            flush_timeout=1,  # or publish() could block
+            flush_timeout=1,  # how long publish() waits if the buffer is full
             pedantic=True,  # the server checks the subject
         )
     tasks = []
@@ -157,14 +157,14 @@ async def run(args: Namespace) -> None:
         tasks.append(asyncio.create_task(subscriber(args)))
     if args.role != "subscribe":
         tasks.append(asyncio.create_task(publisher(args)))
-    # The first Ctrl-C cancels only this wait: the tasks see `stop`, and finish.
+    # asyncio's first Ctrl-C cancels only this wait: the tasks see `stop`, and finish.
     with suppress(asyncio.CancelledError):
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     stop.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     if not nc.is_connected:
         errors.append(Error(f"no connection: {nc.last_error!r}"))
-    with suppress(OSError):  # it may be frozen
+    with suppress(OSError):  # a TimeoutError, too
         await asyncio.wait_for(nc.close(), timeout=0.5)
     for error in [*errors, *results]:
         if error:
@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
 
 
 # --- Your program: copy all above, change payload, PAYLOAD and on_message(), and await
-# run() with a Namespace of main()'s options. Leave out the rest.
+# run() with a Namespace of the options in main(). Leave out the rest.
 LOCAL = "127.0.0.1:4222"
 servers: list[Popen[bytes]] = []
 
@@ -204,7 +204,7 @@ async def main() -> None:
     args = parser.parse_args()
     if args.count < 1 or not args.interval >= 0:
         parser.error("--count must be at least 1, --interval 0")
-    # SIGTERM and a closed terminal (not under nohup) act like Ctrl-C.
+    # SIGTERM and SIGHUP (not under nohup) act like Ctrl-C.
     ctrl_c = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, ctrl_c)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

