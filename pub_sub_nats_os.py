@@ -12,8 +12,8 @@ keeps nothing: a late subscriber gets only what comes from then on. In a queue
 group (--queue NAME), only one member gets each message.
 Delivery is at most once: a message is lost if nobody is subscribed, if a
 connection breaks, or if a subscriber is too slow. The publisher is not told. So
-it numbers its messages, and without --queue, a subscriber reports gaps. Unseen
-are losses before the first message from another process, and after the last.
+we number messages; without --queue, a subscriber reports gaps. It cannot detect
+losses before the first message from another process, or after the last one.
 If nothing listens at the default address, 127.0.0.1:4222, the script starts a
 nats-server, and stops it when it exits, even if others use it. Ctrl-C ends the
 script once messages in flight are handled; a second one ends it at once.
@@ -46,9 +46,9 @@ errors: list[Exception] = []  # run() raises the first at its end
 
 
 async def flush() -> None:
-    """Wait until the server has processed all that we sent: PING, await PONG, twice."""
-    await nc.flush(timeout=3)  # its PING may overtake messages that are buffered
-    await nc.flush(timeout=3)  # they are sent before the PONG; this PING follows
+    """Send PING, await PONG, twice: then the server has processed all that we sent."""
+    await nc.flush(timeout=3)  # this PING may be sent ahead of buffered messages
+    await nc.flush(timeout=3)  # this one follows them: they are sent by now
 
 
 async def publisher(args: Namespace) -> None:
@@ -64,7 +64,7 @@ async def publisher(args: Namespace) -> None:
             print(repr(line)[1:-1])  # repr() escapes control characters
         if sent == args.count:
             stop.set()
-        elif args.interval or sent % 100 == 0:  # at 0, let the client send
+        elif args.interval or sent % 100 == 0:  # interval 0: let the client send
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), timeout=args.interval)
     await flush()
@@ -139,8 +139,8 @@ async def run(args: Namespace) -> None:
             stop.set()
 
     # When the server or the connection dies, messages in flight are lost. The client
-    # tries until a server is back (we start none), and resubscribes. What we publish
-    # meanwhile waits in its buffer (2 MiB); what others publish, we may miss.
+    # tries until a server is back (we start no new one), and resubscribes. What we
+    # publish meanwhile waits in its buffer (2 MiB); what others publish, we may miss.
     async with asyncio.timeout(3):  # for the first connection
         await nc.connect(
             servers=args.server.split(","),

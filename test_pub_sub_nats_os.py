@@ -30,12 +30,12 @@ README = (HERE / "README.md").read_text()
 PATH = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
 ENV = {**os.environ, "PATH": PATH, "PYTHONIOENCODING": "ascii"}
 FLOOD, PACED = ["-i", "0", "-c", "99999999"], ["-i", "0.01", "-c", "9999"]
-READY = {"both": "#2 ", "publish": "#2 ", "subscribe": "listening"}  # what each role prints soon
+READY = {"both": "#2 ", "publish": "#2 ", "subscribe": "listening"}
 in_every_role = mark.parametrize("role", READY)
 
 
 class Program:
-    """A running command. Its output goes to a file, errors included."""
+    """A running command. All its output goes to a file."""
 
     def __init__(self, file: Path, *command: str, **more: Any) -> None:
         self.file = file
@@ -52,7 +52,7 @@ class Program:
     def wait_for(self, text: str) -> "Program":
         deadline = time.monotonic() + 10
         while text not in self.output():
-            assert time.monotonic() < deadline, f"{text!r} is not printed"
+            assert time.monotonic() < deadline, f"no {text!r}"
             time.sleep(0.01)
         return self
 
@@ -62,7 +62,6 @@ class Program:
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def end(self, *signals: int) -> int:
-        """Send the signals, and return the exit status."""
         for number in signals:
             self.send(number)
         return int(self.process.wait(10))
@@ -83,7 +82,7 @@ Start = Callable[..., Program]
 
 @fixture
 def run(tmp_path: Path) -> Iterator[Start]:
-    """Start a command, and end it after the test if it still runs."""
+    """Start a command, which ends with the test."""
     programs: list[Program] = []
 
     def start(*command: str, **more: Any) -> Program:
@@ -93,12 +92,12 @@ def run(tmp_path: Path) -> Iterator[Start]:
     yield start
     for it in programs:
         it.end(SIGCONT, SIGTERM, SIGTERM)
-        print(it.process.args, it.output()[-3000:])  # for a failure
+        print(it.process.args, it.output()[-3000:])
 
 
 @fixture
 def alone(run: Start) -> Start:
-    """Start the script where no server listens, not even one that a test left behind."""
+    """Start the script where no server listens, not even one left behind."""
     assert not listens(), "port 4222 is in use"
     return lambda *args, **more: run(sys.executable, SCRIPT, *args, **more)
 
@@ -137,7 +136,7 @@ def script(run: Start, port: int) -> Start:
     return start
 
 
-# Code that makes work() a part of on_message().
+# Makes work() a part of on_message().
 WORK = """
 import builtins, time, nats
 original = print
@@ -151,7 +150,7 @@ QUEUE_OF_9 = "import nats; nats.NATS.subscribe.__defaults__ = ('', None, None, 0
 
 @fixture
 def serve(run: Start, tmp_path: Path) -> Any:
-    """Start a nats-server of the test's own, always at the same port."""
+    """Start a nats-server, always at the same port."""
     url, file = f"127.0.0.1:{free_port()}", tmp_path / "config"
 
     def start(*options: str, config: str = "") -> tuple[str, Program]:
@@ -178,7 +177,7 @@ def publish(port: int) -> Any:
 def test_own_server_ends_on_a_signal(alone: Start, role: str, number: int) -> None:
     it = alone(role, *PACED, start_new_session=True).wait_for(READY[role])
     assert it.output().startswith("starting nats-server at 127.0.0.1:4222\n")
-    assert listens() and not listens("127.0.0.2"), "on loopback only"
+    assert listens() and not listens("127.0.0.2")
     os.killpg(it.process.pid, number)  # as a terminal does
     assert it.end() == 0 and not listens()
 
@@ -203,15 +202,13 @@ def test_own_server_ends_with_the_terminal(alone: Start) -> None:
 
 def test_two_scripts_share_a_server(alone: Start) -> None:
     first, second = alone("subscribe"), alone("subscribe")
-    first.wait_for("listening")
-    second.wait_for("listening")
+    assert first.wait_for("listening") and second.wait_for("listening")
     assert alone("publish", "-c", "1").end() == 0
-    first.wait_for("<- greetings #1 ")
-    second.wait_for("<- greetings #1 ")
+    assert first.wait_for("<- greetings #1 ") and second.wait_for("<- greetings #1 ")
 
 
 def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> None:
-    python = tmp_path / "python"  # nats-server is not in its folder
+    python = tmp_path / "python"  # without nats-server beside it
     python.symlink_to(sys.executable)
     env = {"PATH": "/nowhere", "PYTHONPATH": sysconfig.get_path("purelib")}
     it = run(str(python), SCRIPT, env=env)
@@ -222,14 +219,14 @@ def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> Non
 @mark.parametrize(
     "args, status, words",
     [
-        (["-s", "127.0.0.1:1"], 1, "error: no connection within 3 s: ConnectionRefusedError("),
+        (["-s", "127.0.0.1:1"], 1, "error: no connection within 3 s: Conn"),
         (["-s", "nats://host:port"], 1, "error: nats: invalid connect url option\n"),
         (["publish", "--subject", "a..b"], 1, "error: no connection: Error("),
         (["--queue", "a b"], 1, "error: nats: invalid subject\n"),
         (["-c", "0"], 2, "error: --count must be at least 1, "),
         (["-i", "nan"], 2, "--interval 0\n"),
         (["-q", "-i", "0", "-c", "9"], 0, "listening on greetings\npublisher: 9 sent\n"),
-        (["-m", "\a\u2713", "-c", "1"], 0, r"subscriber <- greetings #1 \x07\u2713 ("),
+        (["-m", "\a\u2713", "-c", "1"], 0, r"<- greetings #1 \x07\u2713 ("),
     ],
 )
 def test_arguments(script: Start, args: list[str], status: int, words: str) -> None:
@@ -238,13 +235,13 @@ def test_arguments(script: Start, args: list[str], status: int, words: str) -> N
     assert words in it.output() and "Traceback" not in it.output()
 
 
-def test_help_is_the_docstring_in_80_columns(script: Start) -> None:
+def test_help(script: Start) -> None:
     it = script("--help")
     assert it.end() == 0 and SOURCE.split('"""')[1] in it.output()
     assert max(map(len, it.output().splitlines())) <= 80
 
 
-def test_server_that_does_not_speak_nats(script: Start) -> None:
+def test_not_a_nats_server(script: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"127.0.0.1:{listener.getsockname()[1]}"
         it, interrupted = script("-s", url), script("-s", url)
@@ -256,9 +253,9 @@ def test_server_that_does_not_speak_nats(script: Start) -> None:
 
 def test_wrong_password_is_not_shown(script: Start, serve: Any) -> None:
     url, _ = serve("--user", "me", "--pass", "right")
-    it = script("-s", f"nats://me:secret@{url}")
-    assert it.end() == 1
-    assert "Authorization Violation" in it.output() and "secret" not in it.output()
+    it = script("-s", f"me:secret@{url}")
+    assert it.end() == 1 and "secret" not in it.output()
+    assert "Authorization Violation" in it.output()
     assert script("-c", "1", "-s", f"me:right@{url}").end() == 0
 
 
@@ -316,12 +313,12 @@ def test_gap_is_reported_where_it_is_seen(script: Start, publish: Any) -> None:
 @mark.parametrize(
     "payloads, shown",
     [
-        ([b"7@old 5 1 Hi", b"7@old 1 1 Hi"], "#1 Hi ("),
-        ([b"1@host 1 1 Hi", b"1@two 3 1 Hi", b"1@host 2 1 Hi"], "#2 Hi ("),
+        ([b"7@a 5 1 Hi", b"7@a 1 1 Hi"], "#1 Hi ("),
+        ([b"7@a 1 1 Hi", b"7@b 3 1 Hi", b"7@a 2 1 Hi"], "#2 Hi ("),
         ([b"temp 21 5 C", b"temp 25 5 C"], "temp 25 5 C\n"),
         ([b"", b"control: \x07\x1b[31m"], r"control: \x07\x1b[31m"),
         ([b"not UTF-8: \xff"], r"not UTF-8: \ufffd"),
-        ([b"7@host 1 %b Hi" % (b"9" * 400)], "7@host 1 " + "9" * 400),
+        ([b"7@a 1 %b Hi" % (b"9" * 400)], "7@a 1 " + "9" * 400),
         ([b"900 kB" * 150_000], "900 kB" * 150_000),
     ],
 )
@@ -342,8 +339,8 @@ def test_signal_loses_nothing(script: Start, interval: str, number: int) -> None
     assert it.sums() == [f"publisher: {sent} sent", f"subscriber: {sent} received, 0 lost"]
 
 
-@mark.parametrize("ignored", [SIGINT, SIGHUP], ids=["background job", "nohup"])
-def test_ignored_signal(script: Start, ignored: int) -> None:
+@mark.parametrize("ignored", [SIGINT, SIGHUP])
+def test_background_job_and_nohup(script: Start, ignored: int) -> None:
     it = script(*PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
     it.wait_for("<- greetings #1 ")
     if ignored == SIGHUP:
@@ -360,7 +357,7 @@ def test_ctrl_c_lets_slow_work_finish(script: Start) -> None:
 def test_second_ctrl_c_ends_the_run_at_once(script: Start) -> None:
     it = script("-i", "0", "-c", "99", code=f"def work(): time.sleep(60){WORK}")
     it.wait_for("<- greetings #1 ").send(SIGINT)
-    time.sleep(0.1)  # two signals at the same moment can become one
+    time.sleep(0.1)  # or the two become one
     assert it.end(SIGINT) == 1 and it.output().endswith(")\nerror: interrupted\n")
 
 
@@ -378,14 +375,14 @@ def test_ctrl_c_without_a_server(
     assert it.end(SIGINT) == 1 and it.sums()[-1].startswith(f"error: {error}")
 
 
-def test_server_freezes_wakes_dies_and_comes_back(script: Start, serve: Any) -> None:
+def test_server_freezes_wakes_dies_returns(script: Start, serve: Any) -> None:
     url, server = serve()
     it = script(*PACED, "-s", url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
     it.wait_for("-> greetings #50 ")
     server.send(SIGCONT)
     assert "lost" not in it.wait_for("<- greetings #50 ").output()
-    server.send(SIGSTOP)  # it takes messages which it will never deliver
+    server.send(SIGSTOP)  # it delivers nothing
     it.wait_for("-> greetings #150 ")
     server.end(SIGKILL)
     it.wait_for("disconnected").wait_for("-> greetings #250 ")
@@ -395,7 +392,7 @@ def test_server_freezes_wakes_dies_and_comes_back(script: Start, serve: Any) -> 
     assert lost > 0 and it.sums()[-1] == f"error: {lost} messages lost"
 
 
-def test_dead_server_is_tried_four_times_a_second(script: Start, serve: Any) -> None:
+def test_dead_server_is_tried_every_0_25_s(script: Start, serve: Any) -> None:
     url, server = serve()
     script("subscribe", "-s", url).wait_for("listening")
     server.end(SIGKILL)
@@ -404,7 +401,7 @@ def test_dead_server_is_tried_four_times_a_second(script: Start, serve: Any) -> 
         began = time.monotonic()
         for _ in range(8):
             listener.accept()[0].close()
-    assert time.monotonic() < began + 8, "with the client's default it takes 14 s"
+    assert time.monotonic() < began + 8, "14 s by default"
 
 
 def test_another_server_takes_over(script: Start, serve: Any, port: int) -> None:
@@ -416,7 +413,7 @@ def test_another_server_takes_over(script: Start, serve: Any, port: int) -> None
     assert it.wait_for("<- greetings #50 ").end(SIGINT) == 0
 
 
-def test_publisher_that_finishes_without_a_server(script: Start, serve: Any) -> None:
+def test_publisher_finishes_without_a_server(script: Start, serve: Any) -> None:
     url, server = serve()
     it = script("publish", "-i", "1", "-c", "3", "-s", url).wait_for("#1 ")
     server.end(SIGKILL)
@@ -454,11 +451,9 @@ def test_readme_run(alone: Start, run: Start, tmp_path: Path) -> None:
     (tmp_path / "pub_sub_nats_os.py").symlink_to(SCRIPT)
     it = run(*command.split(), cwd=tmp_path)
     assert it.end() == 0
-    for speaker in ["starting", "publisher", "subscriber"]:
-        same_in_each_run = rf"(?m)^{speaker}.*?(?=\d+\.|$)"
-        said = re.findall(same_in_each_run, it.output())
-        lines = re.findall(same_in_each_run, shown)
-        assert [line for line in said if line in lines] == lines
+    place = 0
+    for line in shown.splitlines():  # but for latency and process
+        place = it.output().index(line.split(" (")[0].strip("."), place)
 
 
 def test_readme_python(alone: Start, run: Start) -> None:
@@ -484,7 +479,7 @@ def test_readme_chapter(alone: Start, chapter: str) -> None:
         assert both.count("<-") == 20 and "lost" not in both
 
 
-def test_readme_publisher_does_not_wait(alone: Start) -> None:
+def test_readme_nobody_waits(alone: Start) -> None:
     assert "2$ python pub_sub_nats_os.py publish -c 3\n" in README
     it = alone("subscribe").wait_for("listening")
     it.send(SIGSTOP)
