@@ -171,8 +171,8 @@ async def run(args: Namespace) -> None:
             raise error
 
 
-# --- Your program: copy all above, change payload, PAYLOAD and on_message(), and await
-# run() with a Namespace of the options in main(). Leave out the rest.
+# --- For your program, copy all above, change payload, PAYLOAD and on_message(), and
+# await run() with a Namespace of the options in main(). Leave out the rest.
 LOCAL = "127.0.0.1:4222"
 servers: list[Popen[bytes]] = []
 

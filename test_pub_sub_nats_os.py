@@ -178,7 +178,7 @@ def test_own_server_ends_on_a_signal(alone: Start, role: str, number: int) -> No
     it = alone(role, *PACED, start_new_session=True).wait_for(READY[role])
     assert it.output().startswith("starting nats-server at 127.0.0.1:4222\n")
     assert listens() and not listens("127.0.0.2")
-    os.killpg(it.process.pid, number)  # as a terminal does
+    os.killpg(it.process.pid, number)
     assert it.end() == 0 and not listens()
 
 
