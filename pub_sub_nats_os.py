@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
 
 
 # --- For your program, copy all above, change payload, PAYLOAD and on_message(), and
-# await run() with a Namespace of the options in main(). Leave out the rest.
+# await run() with a Namespace of the options in main(). Leave the rest.
 LOCAL = "127.0.0.1:4222"
 servers: list[Popen[bytes]] = []
 
