@@ -164,7 +164,7 @@ async def run(args: Namespace) -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     if not nc.is_connected:
         errors.append(Error(f"no connection: {nc.last_error!r}"))
-    with suppress(OSError):  # a TimeoutError, too
+    with suppress(Exception):  # it may be broken
         await asyncio.wait_for(nc.close(), timeout=0.5)
     for error in [*errors, *results]:
         if error:

@@ -110,7 +110,7 @@ def port(pytestconfig: Config, tmp_path_factory: Any) -> Iterator[int]:
     more: Any = {"shell": True, "cwd": HERE, "env": env, "text": True, "capture_output": True}
     up = subprocess.run("docker compose up -d --wait", **more)
     reporter: Any = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(f"server: {up.stderr if up.returncode else 'the container'}")
+    reporter.write_line(f"\nserver: {up.stderr[:60] if up.returncode else 'the container'}")
     if up.returncode == 0:
         yield port
         subprocess.run("docker compose down", check=True, **more)
@@ -136,7 +136,7 @@ def script(run: Start, port: int) -> Start:
     return start
 
 
-# Makes work() a part of on_message().
+# Calls work() when a message has been shown.
 WORK = """
 import builtins, time, nats
 original = print
@@ -202,9 +202,9 @@ def test_own_server_ends_with_the_terminal(alone: Start) -> None:
 
 def test_two_scripts_share_a_server(alone: Start) -> None:
     first, second = alone("subscribe"), alone("subscribe")
-    assert first.wait_for("listening") and second.wait_for("listening")
+    first.wait_for("listening"), second.wait_for("listening")
     assert alone("publish", "-c", "1").end() == 0
-    assert first.wait_for("<- greetings #1 ") and second.wait_for("<- greetings #1 ")
+    first.wait_for("<- greetings #1 "), second.wait_for("<- greetings #1 ")
 
 
 def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_listening_is_true(script: Start, publish: Any) -> None:
         assert it.wait_for("subscriber <- greetings at once\n").end(SIGINT) == 0
 
 
-def test_flush_waits_for_a_later_ping(script: Start, serve: Any) -> None:
+def test_ping_follows_sub_and_pub(script: Start, serve: Any) -> None:
     url, server = serve("-DV")  # its log shows the protocol
     it = script("subscribe", "-s", url).wait_for("listening")
     assert server.output().index("[SUB greetings") < server.output().rindex("<<- [PING]")
@@ -319,7 +319,7 @@ def test_gap_is_reported_where_it_is_seen(script: Start, publish: Any) -> None:
         ([b"", b"control: \x07\x1b[31m"], r"control: \x07\x1b[31m"),
         ([b"not UTF-8: \xff"], r"not UTF-8: \ufffd"),
         ([b"7@a 1 %b Hi" % (b"9" * 400)], "7@a 1 " + "9" * 400),
-        ([b"900 kB" * 150_000], "900 kB" * 150_000),
+        ([b"k" * 900_000], "k" * 900_000),
     ],
 )
 def test_nothing_is_lost(script: Start, publish: Any, payloads: list[bytes], shown: str) -> None:
@@ -382,7 +382,7 @@ def test_server_freezes_wakes_dies_returns(script: Start, serve: Any) -> None:
     it.wait_for("-> greetings #50 ")
     server.send(SIGCONT)
     assert "lost" not in it.wait_for("<- greetings #50 ").output()
-    server.send(SIGSTOP)  # it delivers nothing
+    server.send(SIGSTOP)  # so that some are lost
     it.wait_for("-> greetings #150 ")
     server.end(SIGKILL)
     it.wait_for("disconnected").wait_for("-> greetings #250 ")
@@ -392,7 +392,7 @@ def test_server_freezes_wakes_dies_returns(script: Start, serve: Any) -> None:
     assert lost > 0 and it.sums()[-1] == f"error: {lost} messages lost"
 
 
-def test_dead_server_is_tried_every_0_25_s(script: Start, serve: Any) -> None:
+def test_dead_server_is_tried_often(script: Start, serve: Any) -> None:
     url, server = serve()
     script("subscribe", "-s", url).wait_for("listening")
     server.end(SIGKILL)
