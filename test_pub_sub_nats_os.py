@@ -134,7 +134,7 @@ def script(run: Start, port: int) -> Start:
     return start
 
 
-# Calls work() when a message has been shown.
+# Calls work() after each message.
 WORK = """
 import builtins, time, nats
 original = print
@@ -258,7 +258,7 @@ def test_listening_is_true(script: Start, publish: Any) -> None:
 
 
 def test_ping_follows_sub_and_pub(script: Start, serve: Any) -> None:
-    url, server = serve("-DV")  # its log shows the protocol
+    url, server = serve("-DV")  # logs the protocol
     script("subscribe", "-s", url).wait_for("listening")
     assert server.output().index("[SUB greetings") < server.output().rindex("<<- [PING]")
     script("publish", "-c", "1", "-s", url).wait_for("publisher: 1 sent")
@@ -287,7 +287,7 @@ def test_connection_closed_for_good(script: Start, serve: Any, tmp_path: Path) -
     url, server = serve()
     both = [script("subscribe", "-s", url).wait_for("listening") for _ in "12"]
     (tmp_path / "config").write_text("max_connections: 1")
-    server.send(SIGHUP)  # it closes one
+    server.send(SIGHUP)
     deadline = time.monotonic() + 10
     while not any(it.process.poll() for it in both) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -378,7 +378,7 @@ def test_ctrl_c_in_a_frozen_flood(script: Start, serve: Any) -> None:
     it = script("-q", "-i", "0", "-c", "99999999", "-m", "x" * 9999, "-s", url)
     it.wait_for("listening")
     server.send(SIGSTOP)
-    time.sleep(0.5)  # until all buffers are full
+    time.sleep(0.5)  # until buffers are full
     assert it.end(SIGINT) == 1 and it.sums()[-1] == "error: nats: flush timeout"
 
 
