@@ -149,7 +149,7 @@ async def run(args: Namespace) -> None:
             error_cb=on_error,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.25,  # type: ignore[arg-type]
-            flush_timeout=1,  # how long publish() waits if the buffer is full
+            flush_timeout=1,  # how long publish() waits for a full buffer
             pedantic=True,  # the server checks the subject
         )
     tasks = []
@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
 
 
 # --- For your program, copy all above, change payload, PAYLOAD and on_message(), and
-# await run() with a Namespace of the options in main(). Leave the rest.
+# await run() with a Namespace of the options in main(). Leave out the rest.
 LOCAL = "127.0.0.1:4222"
 servers: list[Popen[bytes]] = []
 

@@ -188,9 +188,11 @@ def test_own_server_ends_with_the_run(alone: Start) -> None:
 
 def test_two_scripts_share_a_server(alone: Start) -> None:
     first, second = alone("subscribe"), alone("subscribe")
-    first.wait_for("listening"), second.wait_for("listening")
+    first.wait_for("listening")
+    second.wait_for("listening")
     assert alone("publish", "-c", "1").end() == 0
-    first.wait_for("<- greetings #1 "), second.wait_for("<- greetings #1 ")
+    first.wait_for("<- greetings #1 ")
+    second.wait_for("<- greetings #1 ")
 
 
 def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> None:
