@@ -14,7 +14,7 @@ to only one member of a queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So we number messages, and subscribers without --queue report
 gaps, but see no loss before the first or after the last message that they get
-from a publisher (a restarted one is new). JetStream, NATS's store, keeps them.
+from a publisher (a restarted one is new). JetStream, NATS's store, loses none.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
 before we are connected, ends it at once. The exit status is 0, or 1 after an
@@ -43,7 +43,7 @@ PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique for each run
 # NATS carries any bytes. Ours are text: process, number, time in ns, message.
 PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
 nc = Client()
-stop = asyncio.Event()  # set by the last message, a signal, an error or a closed pipe
+stop = asyncio.Event()  # set after publishing, by a signal, an error or a closed pipe
 running = asyncio.Event()  # set by the connection, cleared by the first signal
 errors: list[Exception] = []  # run() raises the first
 
@@ -68,7 +68,7 @@ async def publisher(args: Namespace) -> None:
             elif args.interval or sent % 100 == 0:  # interval 0: let the client send
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
-        await flush()  # wait until the server has all; who gets them is unknown
+        await flush()  # until the server has all; who gets them is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -116,7 +116,7 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()  # an Event: after a cancel(), no flush and drain
-        await flush()  # wait until what is in flight has arrived
+        await flush()  # until what is in flight has arrived
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
@@ -151,8 +151,8 @@ async def run(args: Namespace) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
             fail(error)
 
-    # When a connection breaks, messages in flight are lost. The client keeps trying until a
-    # server is back, and resubscribes. Meanwhile, publish() fills a buffer, up to 2 MiB.
+    # When a connection breaks, messages in flight are lost. The client keeps trying until a server
+    # is back, and resubscribes. What we publish waits in a buffer; if 2 MiB wait, the run ends.
     first_connection = nc.connect(
         servers=args.server.split(","),
         disconnected_cb=on_change,
