@@ -14,7 +14,7 @@ to only one member of a queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So we number messages, and subscribers without --queue report
 gaps, but see no loss before the first or after the last message that they get
-from a publisher (a restarted one is new). JetStream, NATS's store, loses none.
+from a publisher (a restarted one is new). What must arrive needs JetStream.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
 before we are connected, ends it at once. The exit status is 0, or 1 after an
@@ -79,7 +79,7 @@ async def subscriber(args: Namespace) -> None:
     received = lost = 0
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # Called for one message at a time; 524,288 or 128 MiB more can wait in the client. Then it
+    # Called for one message at a time; up to 524,288 more, or 128 MiB, wait in the client. Then it
     # drops new ones (slow consumer): the run ends. If Ctrl-Z suspends us, the server keeps 64 MiB.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
@@ -115,7 +115,7 @@ async def subscriber(args: Namespace) -> None:
         await flush()  # before it, we may miss messages
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
-        await stop.wait()  # an Event: after a cancel(), no flush and drain
+        await stop.wait()  # an Event: cancel() would skip flush and drain
         await flush()  # until what is in flight has arrived
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
