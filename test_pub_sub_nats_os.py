@@ -238,7 +238,7 @@ def shared_server() -> Iterator[None]:
 @fixture(autouse=True)
 def clean_slate() -> Iterator[None]:
     if listens():
-        pytest.exit("Port 4222 is in use, maybe by a server that a test left behind.", 1)
+        pytest.exit("Port 4222 is in use, maybe by a server of an earlier test.", 1)
     yield
     while programs:
         programs.pop().clean_up()
@@ -501,7 +501,7 @@ def test_own_work_is_done(code: str) -> None:
 @mark.parametrize("quiet", [[], ["-q"]], ids=["", "quiet"])
 def test_a_closed_pipe_is_quiet(role: str, quiet: list[str]) -> None:
     run = script(role, *quiet, "-c", "3", url="", stdout=subprocess.PIPE)
-    for _ in range(1 if role == "publish" else 2):  # until it is connected
+    for _ in range(1 if role == "publish" else 2):  # connected by then
         run.process.stdout.readline()
     run.process.stdout.close()
     run.ends(*[SIGINT] if role == "subscribe" else [])
