@@ -79,8 +79,8 @@ async def subscriber(args: Namespace) -> None:
     received = lost = 0
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # Called for one message at a time; up to 524,288 more, or 128 MiB, wait in the client. Then it
-    # drops new ones (slow consumer): the run ends. If Ctrl-Z suspends us, the server keeps 64 MiB.
+    # Called for one message at a time; up to 524,288 more, or 128 MiB, wait in the client; then new
+    # ones are dropped (slow consumer): the run ends. After Ctrl-Z, the server keeps 64 MiB or 10 s.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -110,7 +110,7 @@ async def subscriber(args: Namespace) -> None:
                 fail(Error(f"on_message() failed: {error!r}"))
 
     try:
-        # A callback: `async for` creates a task per message, a third as fast.
+        # A callback: `async for`, with a task per message, is a third as fast.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
         if not stop.is_set():  # on_error() sets it if refused
@@ -127,8 +127,8 @@ async def subscriber(args: Namespace) -> None:
 
 
 async def flush() -> None:
-    """Send PING, await PONG, twice: then the server has processed all that we sent."""
-    await nc.flush(timeout=3)  # this PING may overtake messages that are buffered
+    """PING, PONG, twice: then, if connected, the server has processed all that we sent."""
+    await nc.flush(timeout=3)  # this PING may overtake buffered messages
     await nc.flush(timeout=3)  # the buffer is sent by now
 
 
@@ -228,7 +228,7 @@ def main() -> None:
     add("-q", "--quiet", action="store_true", help="no individual messages")
     args = parser.parse_args([word.encode(errors="replace").decode() for word in sys.argv[1:]])
     if args.count < 1 or not 0 <= args.interval < float("inf"):
-        parser.error("--count must be at least 1, --interval 0")
+        parser.error("--count must be >= 1, --interval >= 0")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def on_signal(*_: object) -> None:
