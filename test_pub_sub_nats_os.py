@@ -259,10 +259,10 @@ def shared_server() -> Iterator[None]:
 
 
 @fixture(autouse=True)
-def each_test(tmp_path: Path, monkeypatch: Any) -> Iterator[None]:
+def each_test(tmp_path_factory: Any, monkeypatch: Any) -> Iterator[None]:
     if listens():
         pytest.exit("port 4222 is in use, maybe by an earlier test's server", 1)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path_factory.mktemp("test"))
     before = len(programs)
     yield
     while len(programs) > before:
