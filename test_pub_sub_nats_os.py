@@ -30,7 +30,6 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "pub_sub_nats_os.py"
 SOURCE = SCRIPT.read_text()
 README = (HERE / "README.md").read_text()
-[HELLO, README_ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)
 # No other variables: NATS_URL, COLUMNS, PYTHONUNBUFFERED … change what is seen.
 ENV = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
 signal.signal(SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -200,7 +199,7 @@ def test_a_gap_is_told_even_with_quiet() -> None:
     assert lost in quiet.output() and "<-" not in quiet.output()
 
 
-def test_each_process_has_numbers_of_its_own() -> None:
+def test_gaps_are_counted_for_each_process() -> None:
     subscriber = subscribe()
     publish_raw([b"1-a 4 1 Hi", b"2-b 1000001 1 Hi", b"1-a 5 1 Hi", b"2-b 1000003 1 Hi"])
     subscriber.ends(SIGINT, error="1 messages lost")
@@ -209,9 +208,9 @@ def test_each_process_has_numbers_of_its_own() -> None:
 
 def test_repeated_restarted_and_quoted_numbers_are_no_gaps() -> None:
     subscriber = subscribe()
-    publish_raw([b"1-a 4 1 Hi", b"1-a 4 1 Hi", b"1-a 1 1 Hi", b"2-b 9 1 1-a 9 1 Hi", b"1-a 2 1 Hi"])
+    publish_raw([b"1-a 4 1 Hi", b"1-a 4 1 Hi", b"1-a 1 1 Hi", b"2-b 9 1 as 1-a 9 1", b"1-a 2 1 Hi"])
     subscriber.ends(SIGINT)
-    assert "subscriber <- greetings #9 1-a 9 1 Hi (" in subscriber.output()
+    assert "subscriber <- greetings #9 as 1-a 9 1 (" in subscriber.output()
 
 
 def test_other_programs_messages_are_shown_and_are_no_gaps() -> None:
@@ -300,7 +299,7 @@ def test_two_scripts_that_start_together_share_a_server() -> None:
 
 def script_with_server(code: str, folder: str = "bin") -> Program:
     """Start the script with that shell code as the only nats-server program."""
-    Path("python").symlink_to(sys.executable)  # it would look beside the real one
+    Path("python").symlink_to(sys.executable)  # the script looks beside Python
     Path(folder).mkdir(parents=True)
     Path(folder, "nats-server").write_text(f"#!/bin/sh\n{code}")
     Path(folder, "nats-server").chmod(0o700)
@@ -345,10 +344,10 @@ OTHER_PASSWORD = NO_PUBLISH.replace("sesame", "other")
         (OTHER_PASSWORD, "", ".*Authorization Violation.*"),
     ],
 )
-def test_a_failed_start_tells_its_reason(config: str, args: str, error: str) -> None:
+def test_a_failed_start_tells_why_but_no_password(config: str, args: str, error: str) -> None:
     run = script(args, url=f"me:sesame@{serve(config)[0]}").ends(error=error)
     assert "listening" not in run.output()
-    assert "sesame" not in run.output() + run.errors()  # the password is secret
+    assert "sesame" not in run.output() + run.errors()
 
 
 def test_a_server_that_says_nothing_is_given_up() -> None:
@@ -358,7 +357,7 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
 
 
 @mark.parametrize("role, told, op", [("subscribe", "listening", "SUB"), ("publish", "sent", "PUB")])
-def test_listening_and_sent_come_after_a_ping(role: str, told: str, op: str) -> None:
+def test_listening_and_sent_wait_for_the_server(role: str, told: str, op: str) -> None:
     url, server = serve("debug: true, trace: true")
     script(f"{role} -c 1", url=url).wait_for(told)
     # <<-: from the client, which waits for the PONG
@@ -420,9 +419,9 @@ def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
 @mark.parametrize("args", ["both -c 99", "publish -c 99", "both -q -c 1", "publish -q -c 1"])
 def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
     run = script(args, url=default_url, stdout=subprocess.PIPE)
-    run.process.stdout.readline()
+    run.process.stdout.readline()  # "starting nats-server"
     run.process.stdout.close()  # as `| head -1` does
-    run.ends()  # while publishing; with -q, at the totals
+    run.ends()  # with -q, at the totals
     assert not listens()
 
 
@@ -449,7 +448,7 @@ def test_ctrl_c_ends_soon_with_a_frozen_or_dead_server(role: str, fate: int, err
     assert "lost" not in run.output()  # unknown, so not told
 
 
-def test_a_freeze_loses_nothing_a_death_only_what_was_under_way() -> None:
+def test_a_freeze_loses_nothing_a_death_only_the_unreceived() -> None:
     url, server = serve()
     run = script(f"{PACED} -m {'x' * 999}", url=url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
@@ -461,12 +460,12 @@ def test_a_freeze_loses_nothing_a_death_only_what_was_under_way() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
     sent = run.output().count("->")
-    under_way = sent - run.output().count("<-")
+    unreceived = sent - run.output().count("<-")
     run.wait_for(f"-> greetings #{sent + 100} ")  # these wait in the client
     serve(port=url.split(":")[1])
     run.wait_for(f"<- greetings #{sent + 100} ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= under_way
+    assert 0 < lost <= unreceived
     assert run.errors() == f"error: {lost} messages lost\n"
 
 
@@ -478,14 +477,14 @@ def test_reconnecting_never_gives_up() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        listener.settimeout(1.9)  # the default is 2 s
-        for _ in range(62):  # and 60
+        listener.settimeout(1.9)  # nats waits 2 s by default
+        for _ in range(62):  # and gives up after 60
             listener.accept()[0].close()
     serve(port=port)
     run.wait_for("reconnected\n").ends(SIGINT)
 
 
-def test_a_publisher_can_end_without_its_server() -> None:
+def test_a_publisher_ends_with_an_error_if_the_server_died() -> None:
     url, server = serve()
     run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
@@ -512,7 +511,8 @@ def test_a_subscriber_that_falls_behind_ends_the_run_at_once() -> None:
 
 OWN_WORK = '\nasync def work(text): print("working on", text)\n'
 IMPORTED = f"import pub_sub_nats_os as script{OWN_WORK}script.work = work; script.main()"
-COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + README_ENDING
+[HELLO, ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)
+COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
 
 
 @mark.parametrize(
@@ -544,7 +544,7 @@ def test_readme_shows_what_happens(section: str) -> None:
     block = README.split(f"# {section}")[1].split("```console\n")[1].split("```")[0]
     running: dict[str, Program] = {}
     expected = {"1": "", "2": ""}
-    # Each command is "TERMINAL$ COMMAND"; its output, lines that begin with letters, follows.
+    # Each command is "TERMINAL$ COMMAND"; its output is below.
     for terminal, command, output in re.findall(r"(\d)\$ (.*)\n((?:[^12].*\n)*)", block):
         expected[terminal] += output
         if command in KEYS:
