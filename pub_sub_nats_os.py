@@ -17,7 +17,7 @@ are not notified. So publishers number their messages, and subscribers without
 after the last. A restarted publisher is a new one. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
-before we are connected, at once. Exit status: 1 after an error or loss, else 0.
+before we are connected, at once: status 1, as after an error or a loss; else 0.
 """
 
 import asyncio
@@ -119,7 +119,7 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
-    losses = "" if args.queue or errors or not nc.is_connected else f", {lost} lost"  # unknown
+    losses = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""  # unknown
     show(f"subscriber: {received} received{losses}")
     if lost:
         fail(Error(f"{lost} messages lost"))
@@ -145,7 +145,7 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client repairs a lost connection (not connected, OSError, Stale...). Others end the run.
+    # Not connected, or OSError, Stale...: the client reconnects. Any other error ends the run.
     async def on_error(error: Exception) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
             fail(error)
@@ -170,7 +170,7 @@ async def run(args: Namespace) -> None:
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
     cause = nc.last_error or Error("connection lost")
-    if nc.is_closed:  # causes other errors
+    if nc.is_closed:  # it caused the others
         errors.insert(0, cause)
     elif not nc.is_connected:
         errors.insert(0, Error(f"no connection: {cause!r}"))
