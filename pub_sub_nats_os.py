@@ -17,7 +17,7 @@ are not notified. So publishers number their messages, and subscribers without
 after the last. A restarted publisher is a new one. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
-before we are connected, at once: status 1, as after an error or a loss; else 0.
+before we are connected, at once. Exit status 1: after that, an error or a loss.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique for each run
 PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
 nc = Client()
 stop = asyncio.Event()  # set when all is sent, by a signal, error or closed stdout
-gentle = asyncio.Event()  # once connected, the first signal ends the run gently
+gentle = asyncio.Event()  # once connected, the first signal is gentle
 errors: list[Exception] = []  # run() raises the first
 
 
@@ -79,7 +79,7 @@ async def subscriber(args: Namespace) -> None:
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
     # Called for one message at a time. More wait in the client, up to 524,288 or 128 MiB; then it
-    # drops new ones (slow consumer): the run ends. If we are suspended, the server keeps 64 MiB.
+    # drops new ones (slow consumer): the run ends. If we hang, the server keeps 64 MiB, for 10 s.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -104,7 +104,9 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {line}")
             await work(text)
         except BaseException as error:
-            if not nc.is_closed:  # closing cancels work()
+            if errors:
+                raise  # the end cancels work()
+            if not nc.is_closed:  # so does closing
                 traceback.print_exc()
                 fail(Error(f"on_message() failed: {error!r}"))
 
@@ -119,7 +121,7 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
-    losses = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""  # unknown
+    losses = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""
     show(f"subscriber: {received} received{losses}")
     if lost:
         fail(Error(f"{lost} messages lost"))
@@ -145,13 +147,13 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # Not connected, or OSError, Stale...: the client reconnects. Any other error ends the run.
+    # Not connected, or OSError, Stale...: the client reconnects or waits. Others end the run.
     async def on_error(error: Exception) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
             fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
-    # is back, and resubscribes. What we publish waits in a buffer; if 2 MiB wait, the run ends.
+    # is back, and resubscribes. What we publish waits in a buffer; at 2 MiB, the run ends.
     connecting = nc.connect(
         servers=args.server.split(","),
         disconnected_cb=on_change,
@@ -169,11 +171,9 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    cause = nc.last_error or Error("connection lost")
-    if nc.is_closed:  # it caused the others
-        errors.insert(0, cause)
-    elif not nc.is_connected:
-        errors.insert(0, Error(f"no connection: {cause!r}"))
+    if not nc.is_connected:  # which caused the others
+        cause = nc.last_error or Error("connection lost")
+        errors.insert(0, cause if nc.is_closed else Error(f"no connection: {cause!r}"))
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
     if errors:
@@ -182,8 +182,8 @@ async def run(args: Namespace) -> None:
 
 def show(line: str) -> None:
     try:
-        print(line if line.isprintable() else ascii(line)[1:-1], flush=True)
-    except BrokenPipeError:  # nobody reads any more (| head)
+        print(line if line.isprintable() else repr(line)[1:-1], flush=True)
+    except BrokenPipeError:  # no reader (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         stop.set()
 
@@ -226,7 +226,7 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="no individual messages")
-    args = parser.parse_args([word.encode(errors="replace").decode() for word in sys.argv[1:]])
+    args = parser.parse_args([arg.encode(errors="replace").decode() for arg in sys.argv[1:]])
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         parser.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
