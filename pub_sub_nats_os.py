@@ -17,7 +17,7 @@ are not notified. So publishers number their messages, and subscribers without
 after the last. A restarted publisher is a new one. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled; a second one, or one
-before we are connected, at once. Exit status 1: after that, an error or a loss.
+before we are connected, at once with status 1. An error or a loss means 1, too.
 """
 
 import asyncio
@@ -104,11 +104,10 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {line}")
             await work(text)
         except BaseException as error:
-            if errors:
-                raise  # the end cancels work()
-            if not nc.is_closed:  # so does closing
-                traceback.print_exc()
-                fail(Error(f"on_message() failed: {error!r}"))
+            if errors or nc.is_closed:
+                raise  # at the end, work() is cancelled
+            traceback.print_exc()
+            fail(Error(f"on_message() failed: {error!r}"))
 
     try:
         # A callback: `async for` makes a task per message: a third as fast.
@@ -147,9 +146,10 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # Not connected, or OSError, Stale...: the client reconnects or waits. Others end the run.
+    # The client repairs a broken connection by itself. Any other error ends the run.
     async def on_error(error: Exception) -> None:
-        if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
+        broken = not nc.is_connected or isinstance(error, (OSError, StaleConnectionError))
+        if not broken:
             fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
@@ -171,7 +171,7 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if not nc.is_connected:  # which caused the others
+    if not nc.is_connected:  # the cause of the other errors
         cause = nc.last_error or Error("connection lost")
         errors.insert(0, cause if nc.is_closed else Error(f"no connection: {cause!r}"))
     with suppress(Exception):
