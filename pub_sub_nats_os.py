@@ -39,8 +39,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique for each run
-# NATS carries any bytes. Ours are text: process, number, time in ns, message.
-PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
+PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # see publisher()
 nc = Client()
 stop = asyncio.Event()  # set when all is sent, by a signal, error or closed stdout
 gentle = asyncio.Event()  # once connected, the first signal is gentle
@@ -57,7 +56,7 @@ async def publisher(args: Namespace) -> None:
     try:
         await flush()  # role `both`: meanwhile, our subscriber subscribes
         while not stop.is_set():
-            payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"
+            payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
             sent += 1
             if not args.quiet:
@@ -105,7 +104,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if errors or nc.is_closed:
-                raise  # after an error, closing cancels work()
+                raise  # cancelled: run or connection has ended
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -120,8 +119,8 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
-    losses = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""  # unknown
-    show(f"subscriber: {received} received{losses}")
+    loss = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""  # or unknown
+    show(f"subscriber: {received} received{loss}")
     if lost:
         fail(Error(f"{lost} messages lost"))
 
@@ -133,6 +132,8 @@ async def flush() -> None:
 
 
 def fail(error: Exception) -> None:
+    if nc.is_closed:  # the server has told why
+        error = nc.last_error or error
     errors.append(error)
     stop.set()
 
@@ -171,9 +172,9 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if not nc.is_connected:  # the cause of the other errors
-        cause = nc.last_error or Error("lost")  # if closed: the server's words
-        errors.insert(0, cause if nc.is_closed else Error(f"no connection: {cause!r}"))
+    if nc.is_reconnecting:  # the cause of other errors
+        cause = nc.last_error or Error("lost")
+        errors.insert(0, Error(f"no connection: {cause!r}"))
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
     if errors:
@@ -207,11 +208,10 @@ def start_server() -> None:
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
     servers.append(subprocess.Popen(command, start_new_session=True, creationflags=group))
     show("starting nats-server at 127.0.0.1:4222")
-    for _ in range(300):
-        if is_listening() or servers[0].poll() is not None:  # it ends if another was faster
-            break
+    started = time.monotonic()
+    while not is_listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not is_listening():
+    if not is_listening():  # another may be faster
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
