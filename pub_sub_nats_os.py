@@ -86,7 +86,7 @@ async def subscriber(args: Namespace) -> None:
         received += 1
         try:
             text = msg.data.decode("utf-8", "replace")
-            match = PAYLOAD.fullmatch(text)  # None: not ours
+            match = PAYLOAD.fullmatch(text)  # None: foreign
             if match:
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
@@ -162,7 +162,7 @@ async def run(args: Namespace) -> None:
         error_cb=on_error,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore[arg-type]
-        flush_timeout=1,  # how long publish() waits while the buffer is full
+        flush_timeout=0.5,  # how long publish() waits while the buffer is full
         pedantic=True,  # the server checks the subject
     )
     try:
