@@ -119,8 +119,8 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, handle pending messages; close() discards them
     except Exception as error:
         fail(error)
-    loss = f", {lost} lost" if nc.is_connected and not (errors or args.queue) else ""  # or unknown
-    show(f"subscriber: {received} received{loss}")
+    unknown = args.queue or errors or not nc.is_connected
+    show(f"subscriber: {received} received" + ("" if unknown else f", {lost} lost"))
     if lost:
         fail(Error(f"{lost} messages lost"))
 
@@ -147,11 +147,11 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client repairs a broken connection by itself. Any other error ends the run.
+    # The client reconnects by itself. Any other error ends the run.
     async def on_error(error: Exception) -> None:
-        broken = not nc.is_connected or isinstance(error, (OSError, StaleConnectionError))
-        if not broken:
-            fail(error)
+        if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
+            return  # a failed attempt, or a broken connection
+        fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
     # is back, and resubscribes. What we publish waits in a buffer; at 2 MiB, the run ends.
