@@ -51,7 +51,7 @@ async def work(text: str) -> None:
 
 
 async def publisher(args: Namespace) -> None:
-    """Publish messages until all are sent, or `stop` is set."""
+    """Publish until all is sent, or `stop` is set."""
     sent = 0
     try:
         await flush()  # role `both`: meanwhile, our subscriber subscribes
@@ -104,7 +104,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if errors or nc.is_closed:
-                raise  # cancelled: run or connection has ended
+                raise  # after an error, nc.close() and asyncio.run() cancel work()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -150,7 +150,7 @@ async def run(args: Namespace) -> None:
     # The client reconnects by itself. Any other error ends the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # a failed attempt, or a broken connection
+            return  # a failed attempt or broken connection
         fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if nc.is_reconnecting:  # the cause of other errors
+    if nc.is_reconnecting:  # the root cause
         cause = nc.last_error or Error("lost")
         errors.insert(0, Error(f"no connection: {cause!r}"))
     with suppress(Exception):
