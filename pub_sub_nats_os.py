@@ -103,8 +103,8 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {line}")
             await work(text)
         except BaseException as error:
-            if errors or nc.is_closed:
-                raise  # after an error, nc.close() and asyncio.run() cancel work()
+            if errors or nc.is_closed:  # no mistake, but the end:
+                raise  # nc.close() or asyncio.run() cancels work()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -112,11 +112,11 @@ async def subscriber(args: Namespace) -> None:
         # A callback: `async for` makes a task per message: a third as fast.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
-        if not stop.is_set():  # on_error() sets it if refused
+        if not stop.is_set():  # it is set if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()  # an Event: cancel() would skip flush and drain
         await flush()  # until what is in flight has arrived
-        await sub.drain()  # unsubscribe, handle pending messages; close() discards them
+        await sub.drain()  # unsubscribe, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
     unknown = args.queue or errors or not nc.is_connected
