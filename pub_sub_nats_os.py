@@ -103,8 +103,8 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {line}")
             await work(text)
         except BaseException as error:
-            if errors or nc.is_closed:  # no mistake, but the end:
-                raise  # nc.close() or asyncio.run() cancels work()
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise  # nc.close() or asyncio.run() ends work()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -112,7 +112,7 @@ async def subscriber(args: Namespace) -> None:
         # A callback: `async for` makes a task per message: a third as fast.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
-        if not stop.is_set():  # it is set if refused
+        if not stop.is_set():  # set if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()  # an Event: cancel() would skip flush and drain
         await flush()  # until what is in flight has arrived
@@ -211,7 +211,7 @@ def start_server() -> None:
     started = time.monotonic()
     while not is_listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not is_listening():  # another may be faster
+    if not is_listening():  # maybe another's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
