@@ -104,7 +104,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise  # nc.close() or asyncio.run() ends work()
+                raise  # by nc.close(), when an error has skipped the drain
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if nc.is_reconnecting:  # the root cause
+    if nc.is_reconnecting:  # root cause
         cause = nc.last_error or Error("lost")
         errors.insert(0, Error(f"no connection: {cause!r}"))
     with suppress(Exception):
@@ -184,7 +184,7 @@ async def run(args: Namespace) -> None:
 def show(line: str) -> None:
     try:
         print(line if line.isprintable() else repr(line)[1:-1], flush=True)
-    except BrokenPipeError:  # no reader (| head)
+    except BrokenPipeError:  # as in | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         stop.set()
 
