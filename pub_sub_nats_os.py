@@ -103,8 +103,8 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {line}")
             await work(text)
         except BaseException as error:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise  # by nc.close(), when an error has skipped the drain
+            if nc.is_closed:
+                raise  # closing cancels work()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -112,7 +112,7 @@ async def subscriber(args: Namespace) -> None:
         # A callback: `async for` makes a task per message: a third as fast.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
-        if not stop.is_set():  # set if refused
+        if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()  # an Event: cancel() would skip flush and drain
         await flush()  # until what is in flight has arrived
@@ -147,10 +147,10 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client reconnects by itself. Any other error ends the run.
+    # A broken connection is the client's to repair. Any other error ends the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # a failed attempt or broken connection
+            return  # still reconnecting, or just broken
         fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if nc.is_reconnecting:  # root cause
+    if nc.is_reconnecting:  # the cause of other errors
         cause = nc.last_error or Error("lost")
         errors.insert(0, Error(f"no connection: {cause!r}"))
     with suppress(Exception):
@@ -184,7 +184,7 @@ async def run(args: Namespace) -> None:
 def show(line: str) -> None:
     try:
         print(line if line.isprintable() else repr(line)[1:-1], flush=True)
-    except BrokenPipeError:  # as in | head
+    except BrokenPipeError:  # no reader (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         stop.set()
 
