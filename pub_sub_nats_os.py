@@ -150,7 +150,7 @@ async def run(args: Namespace) -> None:
     # A broken connection is the client's to repair. Any other error ends the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # still reconnecting, or just broken
+            return  # reconnecting, broken, or a buffer stays full
         fail(error)
 
     # When a connection breaks, messages in flight are lost. The client keeps trying until a server
@@ -221,7 +221,7 @@ def main() -> None:
     add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
     add("-s", "--server", default=os.getenv("NATS_URL", "127.0.0.1:4222"), help="URLs (NATS_URL)")
     add("--subject", default="greetings", help="subject (greetings)")
-    add("-c", "--count", type=int, default=5, help="messages (5)")
+    add("-c", "--count", type=int, default=5, help="messages to send (5)")
     add("-i", "--interval", type=float, default=0.5, help="seconds (0.5)")
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
