@@ -172,7 +172,7 @@ async def run(args: Namespace) -> None:
     gentle.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if nc.is_reconnecting:  # the cause of other errors
+    if not (nc.is_connected or nc.is_closed):  # the cause of other errors
         cause = nc.last_error or Error("lost")
         errors.insert(0, Error(f"no connection: {cause!r}"))
     with suppress(Exception):
