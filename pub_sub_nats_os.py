@@ -64,7 +64,8 @@ async def publisher(args: Namespace) -> None:
             if sent == args.count:
                 stop.set()
             elif args.interval or sent % 100 == 0:
-                with suppress(TimeoutError):  # 0 s lets the client send
+                # A pause that `stop` ends. One of 0 s only lets the client send.
+                with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
         await flush()  # until the server has all; who gets it is unknown
     except Exception as error:
@@ -95,12 +96,11 @@ async def subscriber(args: Namespace) -> None:
                 if gap > 0 and not args.queue:  # the other members get the rest
                     lost += gap
                     show(f"subscriber lost {gap}: #{seq - gap} to #{seq - 1} from process {name}")
-            if not args.quiet:
-                line = text
-                if match:
-                    latency = (time.time_ns() - int(sent_at)) / 1e6  # two hosts: two clocks
-                    line = f"#{seq} {text} ({latency:.2f} ms from process {name})"
-                show(f"subscriber <- {msg.subject} {line}")
+            if match and not args.quiet:
+                ms = (time.time_ns() - int(sent_at)) / 1e6  # two hosts: two clocks
+                show(f"subscriber <- {msg.subject} #{seq} {text} ({ms:.2f} ms from process {name})")
+            elif not args.quiet:
+                show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:
             if nc.is_closed:
@@ -147,14 +147,13 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # A broken connection is the client's to repair. Any other error ends the run.
+    # The client reconnects and resubscribes, without end. Any other error ends the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
             return  # reconnecting, broken, or a buffer stays full
         fail(error)
 
-    # When a connection breaks, messages in flight are lost. The client keeps trying until a server
-    # is back, and resubscribes. What we publish waits in a buffer; at 2 MiB, the run ends.
+    # In an outage, messages in flight are lost. What we publish waits; at 2 MiB, the run ends.
     connecting = nc.connect(
         servers=args.server.split(","),
         disconnected_cb=on_change,
@@ -226,7 +225,8 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="no individual messages")
-    args = parser.parse_args([arg.encode(errors="replace").decode() for arg in sys.argv[1:]])
+    words = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
+    args = parser.parse_args(words)
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         parser.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

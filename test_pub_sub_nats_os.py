@@ -76,7 +76,7 @@ class Program:
         return self
 
     def clean_up(self) -> None:
-        print(self.process.args, self.output()[-2000:], self.errors())  # if a test fails
+        print(self.process.args, self.output()[-2000:], self.errors())
         self.process.send_signal(SIGCONT)
         for signum in [SIGTERM, SIGTERM, SIGKILL]:
             self.process.send_signal(signum)
@@ -214,7 +214,7 @@ def test_repeated_restarted_and_quoted_numbers_are_no_gaps() -> None:
     assert "subscriber <- greetings #9 as 1-a 9 1 (" in subscriber.output()
 
 
-def test_other_programs_messages_are_shown_and_are_no_gaps() -> None:
+def test_other_programs_messages_are_shown() -> None:
     subscriber = subscribe()
     texts = ["", "temp 21 5 C", "temp 25 5 C", f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]
     publish_raw([text.encode() for text in texts] + [b"\xff"])
@@ -225,7 +225,7 @@ def test_other_programs_messages_are_shown_and_are_no_gaps() -> None:
 def test_each_process_has_its_own_suffix() -> None:
     runs = [script("-c 1").ends(), script("-c 1").ends()]
     one, other = [re.findall(r"from process \d+-(\w+)", run.output()) for run in runs]
-    assert one != other  # containers may share a process ID
+    assert one != other  # containers share process IDs
 
 
 # Servers
@@ -286,10 +286,8 @@ def test_a_signal_stops_its_server(role: str, signum: int) -> None:
 
 
 def test_two_scripts_that_start_together_share_a_server() -> None:
-    one, other = (
-        script("subscribe", url=default_url),
-        script("subscribe", url=f"nats://{default_url}"),
-    )
+    one = script("subscribe", url=default_url)
+    other = script("subscribe", url=f"nats://{default_url}")
     one.wait_for("listening")
     other.wait_for("listening")
     script("publish -c 1", url=default_url).ends()
@@ -307,7 +305,7 @@ def script_with_server(code: str, folder: str = "bin") -> Program:
     return Program("./python", SCRIPT, "-c", "1", env=env)
 
 
-@mark.parametrize("folder", ["bin", ".local/bin"])  # PATH, pip install --user
+@mark.parametrize("folder", ["bin", ".local/bin"])
 def test_nats_server_is_found_on_the_path_or_in_local_bin(folder: str) -> None:
     script_with_server(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
 
@@ -318,7 +316,7 @@ def test_a_missing_nats_server_is_told() -> None:
 
 def test_a_failing_nats_server_is_told() -> None:
     run = script_with_server("exit 7").wait_for("starting")
-    run.ends(error="nats-server does not listen, exit status 7", within=2)  # not after 3 s
+    run.ends(error="nats-server does not listen, exit status 7", within=2)
 
 
 def test_ctrl_c_interrupts_the_start_of_its_server() -> None:
@@ -337,6 +335,7 @@ OTHER_PASSWORD = NO_PUBLISH.replace("sesame", "other")
     "config, args, error",
     [
         ("", "-s 127.0.0.1:42221", "no connection within 3 s: ConnectionRefusedError.*"),
+        ("max_payload: 9", "publish", "nats: maximum payload exceeded"),
         ("", "publish --subject a..b", "nats: invalid publish subject"),
         ("", "subscribe --subject a..b", "nats: invalid subject"),
         (NO_PUBLISH, "publish", "nats: permissions violation for publish .*"),
@@ -400,15 +399,14 @@ def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
         assert time.monotonic() < deadline
 
 
-def test_ctrl_c_just_after_the_totals_is_quiet() -> None:
-    for _ in range(9):
-        run = script("-c 1", url=default_url).wait_for("subscriber: 1 received")
-        run.send(SIGINT)
-        assert run.process.wait(9) in [0, -SIGINT]  # killed while Python exits
-        assert run.errors() == "" and not listens()
+def test_ctrl_c_after_the_run_is_quiet() -> None:
+    line = (
+        "import atexit; atexit.register(time.sleep, 1); atexit.register(print, 'over', flush=True)"
+    )
+    script("-c 1", file=copy_with(line)).wait_for("over\n").ends(SIGINT)
 
 
-@mark.parametrize("ignored", [SIGINT, SIGHUP])  # in a background job, by nohup
+@mark.parametrize("ignored", [SIGINT, SIGHUP])
 def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
     run = script(PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
     run.wait_for("<- greetings #2 ")
@@ -441,10 +439,9 @@ def test_ctrl_c_ends_soon_with_a_frozen_or_dead_server(role: str, fate: int, err
     url, server = serve()
     run = script(f"{role} {FLOOD}", url=url).wait_for(READY[role])
     server.send(fate)
-    time.sleep(0.5)  # a publisher's buffer fills
+    time.sleep(0.5 if fate == SIGSTOP else 0)  # a publisher's buffer fills
     run.ends(SIGINT, error=error, within=5.5)
-    assert len(run.totals()) == (2 if role == "both" else 1)
-    assert "lost" not in run.output()  # unknown, so not told
+    assert len(run.totals()) == (2 if role == "both" else 1) and "lost" not in run.output()
 
 
 def test_a_freeze_loses_nothing_a_death_only_the_unreceived() -> None:
@@ -464,8 +461,7 @@ def test_a_freeze_loses_nothing_a_death_only_the_unreceived() -> None:
     serve(port=url.split(":")[1])
     run.wait_for(f"<- greetings #{sent + 100} ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= unreceived
-    assert run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost <= unreceived and run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_reconnecting_never_gives_up() -> None:
@@ -505,8 +501,13 @@ def test_a_mistake_ends_the_run_with_its_traceback(mistake: str) -> None:
 
 def test_a_subscriber_that_falls_behind_ends_the_run_at_once() -> None:
     run = script(FLOOD, file=copy_with("await asyncio.sleep(1)", options="pending_msgs_limit=9"))
-    run.ends(error="nats: slow consumer, messages dropped.*", within=5)
+    run.ends(error="nats: slow consumer.*", within=5)
     assert re.search("subscriber: [01] received\n", run.output())
+
+
+def test_a_connection_that_closes_for_good_ends_the_run() -> None:
+    run = script("-i 60", file=copy_with("await nc.publish('a..b', b'')"))
+    run.ends(error="nats: invalid publish subject", within=5)
 
 
 OWN_WORK = '\nasync def work(text): print("working on", text)\n'
@@ -515,9 +516,7 @@ IMPORTED = f"import pub_sub_nats_os as script{OWN_WORK}script.work = work; scrip
 COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
 
 
-@mark.parametrize(
-    "program", [IMPORTED, COPIED], ids=["imports the script", "copies it down to # ---"]
-)
+@mark.parametrize("program", [IMPORTED, COPIED], ids=["imported", "copied"])
 def test_importing_or_copying_the_script_works(program: str) -> None:
     serve(port="4222")  # the default
     run = Program(sys.executable, "-B", "-c", program, "-q", "-c1", cwd=HERE)
