@@ -29,9 +29,9 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "pub_sub_nats_os.py"
 SOURCE = SCRIPT.read_text()
 README = (HERE / "README.md").read_text()
-# Nothing else is inherited: NATS_URL, COLUMNS … change what is seen.
+# Nothing else: NATS_URL, COLUMNS … change what is seen.
 ENV = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
-signal.signal(SIGINT, signal.default_int_handler)  # ignored in a background job
+signal.signal(SIGINT, signal.default_int_handler)  # ignored in background jobs
 signal.signal(SIGHUP, signal.SIG_DFL)  # ignored with nohup
 
 
@@ -143,14 +143,15 @@ def test_wildcards_match_tokens() -> None:
     subscriber.wait_for("subscriber <- news.uk.soho.rain #1 ").ends(SIGINT)
 
 
-def test_latency_and_process_are_shown() -> None:
+def test_latency_and_publisher_are_shown() -> None:
     began, subscriber = time.monotonic(), subscribe()
     publisher = script("publish -c 1").ends()
     script("publish -c 1").ends()
     shown = r"\((\d+\.\d\d) ms from process (\d+)-(\w+)\)\n"
     (latency, pid, suffix), (_, _, other) = re.findall(shown, subscriber.ends(SIGINT).output())
     assert 0 < float(latency) < (time.monotonic() - began) * 1000
-    assert pid == str(publisher.process.pid) and suffix != other  # for equal process IDs
+    assert pid == str(publisher.process.pid)
+    assert suffix != other  # two containers may share a process ID
 
 
 # Arguments and output
@@ -213,18 +214,16 @@ def test_gaps_are_counted_for_each_process() -> None:
     assert "subscriber lost 1: #1000002 to #1000002 from process 2-b\n" in subscriber.output()
 
 
-def test_repeats_restarts_and_quotations_are_no_gaps() -> None:
+def test_repeats_and_restarts_are_no_gaps() -> None:
     subscriber = subscribe()
     publish_raw([b"1-a 4 1 Hi", b"1-a 4 1 Hi"])  # repeated
-    publish_raw([b"1-a 1 1 Hi"])  # restarted
-    publish_raw([b"2-b 9 1 as 1-a 9 1", b"1-a 2 1 Hi"])  # quoted
-    subscriber.ends(SIGINT)
-    assert "subscriber <- greetings #9 as 1-a 9 1 (" in subscriber.output()
+    publish_raw([b"1-a 1 1 Hi", b"1-a 2 1 Hi"])  # restarted
+    assert subscriber.ends(SIGINT).totals() == ["subscriber: 4 received, 0 lost"]
 
 
 def test_other_programs_messages_are_shown_and_no_gaps() -> None:
     subscriber = subscribe()
-    texts = ["", "up 21 5 C", "up 25 5 C", f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]
+    texts = ["", "k" * 999_999, "> 1-a 4 1 Hi", "> 1-a 9 1 Hi", f"1-a {'9' * 5000} 1 Hi"]
     publish_raw([text.encode() for text in texts] + [b"\xff"])
     subscriber.ends(SIGINT)
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
@@ -241,18 +240,18 @@ def serve(config: str = "", url: str = "") -> tuple[str, Program]:
     """Start a server for one test. Return its URL, too."""
     url = url or f"127.0.0.1:{free_port()}"
     Path("config").write_text(f"listen: '{url}'\n{config}")
-    return url, Program("nats-server", "-c", "config").wait_for("Server is ready")
+    return url, Program("nats-server", "-c", "config").wait_for("is ready")
 
 
 @fixture(scope="session", autouse=True)
 def shared_server() -> Any:
-    env = {**os.environ, "NATS_PORT": shared_port, "COMPOSE_PROJECT_NAME": f"test{shared_port}"}
+    env = {**os.environ, "NATS_PORT": shared_port, "COMPOSE_PROJECT_NAME": "test" + shared_port}
     compose = partial(subprocess.run, shell=True, cwd=HERE, env=env, capture_output=True)
     up = compose("docker compose up -d --wait")
     if up.returncode != 0 or not listens(shared_port):  # or Docker is remote
         compose("docker compose down")
         assert "REQUIRE_CONTAINER" not in os.environ, up.stderr
-        Program("nats-server", "-a", "127.0.0.1", "-p", shared_port).wait_for("Server is ready")
+        Program("nats-server", "-a", "127.0.0.1", "-p", shared_port).wait_for("is ready")
     yield
     compose("docker compose down")
     for server in programs:
@@ -277,15 +276,15 @@ READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe":
 # The script's own server
 @mark.parametrize("role", READY)
 @mark.parametrize("signum", [SIGINT, SIGTERM, SIGHUP])
-def test_a_signal_stops_its_server(role: str, signum: int) -> None:
+def test_a_signal_ends_the_script_and_its_server(role: str, signum: int) -> None:
     run = script(f"{role} {PACED}", url=default_url, start_new_session=True).wait_for(READY[role])
     assert listens() and not listens(host="127.0.0.2")  # only at 127.0.0.1
-    os.killpg(run.process.pid, signum)
+    os.killpg(run.process.pid, signum)  # as terminals do
     run.ends()
     assert not listens()
 
 
-def test_two_scripts_that_start_together_share_a_server() -> None:
+def test_two_scripts_started_together_share_a_server() -> None:
     runs = [script("subscribe", url=url) for url in [default_url, f"nats://{default_url}"]]
     for run in runs:
         run.wait_for("listening")
@@ -319,7 +318,7 @@ def test_a_nats_server_that_never_listens_is_told(code: str, status: Any, within
     script_with_server(code).ends(error=error, within=within)
 
 
-def test_ctrl_c_interrupts_the_start_of_its_server() -> None:
+def test_ctrl_c_interrupts_the_start_of_a_server() -> None:
     run = script_with_server("exec /bin/sleep 9").wait_for("starting")
     run.ends(SIGINT, error="interrupted", within=2)
 
@@ -363,16 +362,16 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
 
 
 @mark.parametrize("role, told, op", [("subscribe", "listening", "SUB"), ("publish", "sent", "PUB")])
-def test_listening_and_sent_are_told_once_confirmed(role: str, told: str, op: str) -> None:
+def test_listening_and_sent_wait_for_the_servers_answer(role: str, told: str, op: str) -> None:
     url, server = serve("debug: true, trace: true")
     script(f"{role} -c 1", url=url).wait_for(told)
-    # The server's log. Its answer to PING confirms SUB or PUB.
+    # Its log: SUB or PUB, then PING, which it answers.
     assert re.search(rf"(?s)<<- \[{op} greetings .*<<- \[PING\]", server.errors())
 
 
 # Ctrl-C
 def copy_with(line: str, options: str = "") -> Path:
-    """Copy the script, with that line of your own in work()."""
+    """Copy the script, with that line in work() and those options of subscribe()."""
     source = re.sub('"""Your own work.*', line, SOURCE)
     assert line in source
     Path("mine.py").write_text(source.replace("cb=on_message", f"cb=on_message, {options}"))
@@ -383,7 +382,7 @@ def copy_with(line: str, options: str = "") -> Path:
 @mark.parametrize(
     "args, line, signal_at",
     [
-        ("-i 0 -c 99999999", "pass", "<- greetings #1 "),  # a flood
+        ("-i 0 -c 9999999", "pass", "<- greetings #1 "),  # a flood
         (PACED, "pass", "<- greetings #1 "),
         ("-i 60", "pass", "<- greetings #1 "),  # a long pause
         ("-i 0 -c 9", "await asyncio.sleep(0.1)", "<- greetings #2 "),  # slow work
@@ -435,7 +434,7 @@ def test_ctrl_c_with_a_closed_pipe_is_quiet() -> None:
 
 
 # The server freezes, dies, returns
-FLOOD = f"-i 0 -c 99999999 -m {'x' * 9999}"
+FLOOD = f"-i 0 -c 9999999 -m {'x' * 9999}"
 
 
 @mark.parametrize("role", READY)
@@ -445,9 +444,9 @@ def test_ctrl_c_ends_the_run_with_a_frozen_or_dead_server(role: str, fate: int, 
     run = script(f"{role} {FLOOD}", url=url).wait_for(READY[role])
     server.send(fate)
     time.sleep(0.5 if fate == SIGSTOP else 0)  # a publisher's buffer fills
-    run.ends(SIGINT, error=error, within=5.5)
+    run.ends(SIGINT, error=error, within=6)
     assert len(run.totals()) == (2 if role == "both" else 1)
-    assert "lost" not in run.output()  # it is unknown
+    assert "lost" not in run.output()  # the number is unknown
 
 
 def test_a_freeze_loses_nothing() -> None:
@@ -459,19 +458,19 @@ def test_a_freeze_loses_nothing() -> None:
     run.wait_for("<- greetings #60 ").ends(SIGINT)
 
 
-def test_a_death_loses_only_what_was_under_way() -> None:
+def test_a_death_loses_only_what_the_server_had() -> None:
     url, server = serve()
     run = script(f"{PACED} -m {'x' * 999}", url=url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
-    run.wait_for("-> greetings #200 ")  # these are under way
+    run.wait_for("-> greetings #200 ")  # the server has these
     server.send(SIGKILL)
-    run.wait_for("disconnected\n")
-    under_way = run.output().count("->") - run.output().count("<-")
-    run.wait_for("-> greetings #400 ")  # these wait in the client
+    run.wait_for("disconnected")
+    unreceived = run.output().count("->") - run.output().count("<-")
+    run.wait_for("-> greetings #400 ")  # the client has these
     serve(url=url)
     run.wait_for("<- greetings #400 ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= under_way and run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost <= unreceived and run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_reconnecting_never_gives_up() -> None:
@@ -479,21 +478,21 @@ def test_reconnecting_never_gives_up() -> None:
     refusing, port = serve(OTHER_PASSWORD)[0], free_port()
     run = script("subscribe -q", url=f"{url},{refusing},127.0.0.1:{port}").wait_for("listening")
     server.send(SIGKILL)
-    run.wait_for("disconnected\n")
+    run.wait_for("disconnected")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        listener.settimeout(1.9)  # nats-py's default: every 2 s, 60 times
-        for _ in range(62):
+        listener.settimeout(1.9)  # nats-py's default is every 2 s,
+        for _ in range(62):  # 60 times
             listener.accept()[0].close()
     serve(url=f"127.0.0.1:{port}")
-    run.wait_for("reconnected\n").ends(SIGINT)
+    run.wait_for("reconnected").ends(SIGINT)
 
 
 def test_finishing_without_a_server_is_an_error() -> None:
     url, server = serve()
     run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
-    run.wait_for("disconnected\n")
-    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # an attempt hangs
+    run.wait_for("disconnected")
+    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # an attempt gets no answer
         run.ends(error=r"no connection: \w+\(.*")
 
 
@@ -506,7 +505,7 @@ def test_a_mistake_ends_the_run_with_its_traceback(kind: str) -> None:
     assert run.errors().endswith(f"{kind}: mine\nerror: on_message() failed: {kind}('mine')\n")
 
 
-def test_falling_behind_ends_the_run_soon() -> None:
+def test_a_subscriber_that_is_too_slow_ends_the_run() -> None:
     run = script(FLOOD, file=copy_with("await asyncio.sleep(1)", "pending_msgs_limit=9"))
     run.ends(error="nats: slow consumer.*", within=5)
     assert re.search("subscriber: [01] received\n", run.output())
@@ -515,7 +514,7 @@ def test_falling_behind_ends_the_run_soon() -> None:
 OWN_WORK = '\nasync def work(text): print("working on", text)\n'
 IMPORTED = f"import pub_sub_nats_os as script{OWN_WORK}script.work = work; script.main()"
 [HELLO, ENDING] = re.findall(r"(?s)```python\n(.*?)```", README)
-COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
+COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING  # as the README says
 
 
 @mark.parametrize("program", [IMPORTED, COPIED], ids=["imported", "copied"])
