@@ -1,7 +1,7 @@
 """What pub_sub_nats_os.py promises, with a real nats-server.
 
 Most tests share a server: docker-compose.yml's container, or else the nats-server program.
-With REQUIRE_CONTAINER=1, a missing container is a failure. Port 4222 must be free.
+REQUIRE_CONTAINER=1 makes a missing container a failure. Port 4222 must be free.
 """
 
 import asyncio
@@ -25,10 +25,9 @@ import nats
 import pytest
 from pytest import fixture, mark
 
-HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "pub_sub_nats_os.py"
+SCRIPT = Path(__file__).resolve().with_name("pub_sub_nats_os.py")
 SOURCE = SCRIPT.read_text()
-README = (HERE / "README.md").read_text()
+README = SCRIPT.with_name("README.md").read_text()
 # Nothing else: NATS_URL, COLUMNS … change what is seen.
 ENV = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
 signal.signal(SIGINT, signal.default_int_handler)  # ignored in background jobs
@@ -36,7 +35,7 @@ signal.signal(SIGHUP, signal.SIG_DFL)  # ignored with nohup
 
 
 class Program:
-    """A running command, with output and errors in files. It ends with the test."""
+    """A running command. Its output and errors go to files."""
 
     def __init__(self, *command: Any, **options: Any) -> None:
         self.files = [NamedTemporaryFile(), NamedTemporaryFile()]  # noqa: SIM115
@@ -61,10 +60,11 @@ class Program:
         assert text in self.output() + self.errors()
         return self
 
-    def send(self, signum: int) -> None:
+    def send(self, signum: int) -> "Program":
         self.process.send_signal(signum)
         if signum == SIGSTOP:  # it takes a moment for all threads
             os.waitpid(self.process.pid, os.WUNTRACED)
+        return self
 
     def ends(self, *signals: int, error: str = "", within: float = 9) -> "Program":
         """Send the signals; assert status 0 and no errors, or 1 and that error (a pattern)."""
@@ -91,7 +91,7 @@ def free_port() -> str:
 programs: list[Program] = []
 shared_port = free_port()
 shared_url = f"127.0.0.1:{shared_port}"
-default_url = "127.0.0.1:4222"  # where the script starts a server if none listens
+default_url = "127.0.0.1:4222"  # there, the script starts a server
 
 
 def script(args: str = "", url: str = shared_url, file: Path = SCRIPT, **more: Any) -> Program:
@@ -168,17 +168,17 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
 
 
 @mark.parametrize(
-    "message, terminal, shown",
+    "message, encoding, shown",
     [
         ("", "utf-8", ""),
         (' it\'s "é" C:\\new ✓ ', "utf-8", ' it\'s "é" C:\\new ✓ '),
         ("café ✓", "ascii", r"caf\xe9 \u2713"),
         ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
-        (b"caf\xe9", "utf-8", "caf?"),  # not UTF-8: replaced
+        (b"caf\xe9", "utf-8", "caf?"),  # sent as ?
     ],
 )
-def test_text_is_changed_only_if_need_be(message: Any, terminal: str, shown: str) -> None:
-    env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": terminal}
+def test_only_text_that_cannot_be_shown_is_escaped(message: Any, encoding: str, shown: str) -> None:
+    env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": encoding}
     run = Program(sys.executable, SCRIPT, "-c1", "-m", message, env=env).ends()
     assert f"-> greetings #1 {shown}\n" in run.output()
     assert f"<- greetings #1 {shown} (" in run.output()
@@ -221,9 +221,9 @@ def test_repeats_and_restarts_are_no_gaps() -> None:
     assert subscriber.ends(SIGINT).totals() == ["subscriber: 4 received, 0 lost"]
 
 
-def test_other_programs_messages_are_shown_and_no_gaps() -> None:
+def test_other_programs_messages_are_shown_as_they_are() -> None:
     subscriber = subscribe()
-    texts = ["", "k" * 999_999, "> 1-a 4 1 Hi", "> 1-a 9 1 Hi", f"1-a {'9' * 5000} 1 Hi"]
+    texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi", f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]
     publish_raw([text.encode() for text in texts] + [b"\xff"])
     subscriber.ends(SIGINT)
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
@@ -246,7 +246,7 @@ def serve(config: str = "", url: str = "") -> tuple[str, Program]:
 @fixture(scope="session", autouse=True)
 def shared_server() -> Any:
     env = {**os.environ, "NATS_PORT": shared_port, "COMPOSE_PROJECT_NAME": "test" + shared_port}
-    compose = partial(subprocess.run, shell=True, cwd=HERE, env=env, capture_output=True)
+    compose = partial(subprocess.run, shell=True, cwd=SCRIPT.parent, env=env, capture_output=True)
     up = compose("docker compose up -d --wait")
     if up.returncode != 0 or not listens(shared_port):  # or Docker is remote
         compose("docker compose down")
@@ -362,10 +362,10 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
 
 
 @mark.parametrize("role, told, op", [("subscribe", "listening", "SUB"), ("publish", "sent", "PUB")])
-def test_listening_and_sent_wait_for_the_servers_answer(role: str, told: str, op: str) -> None:
+def test_listening_and_sent_are_shown_once_the_server_knows(role: str, told: str, op: str) -> None:
     url, server = serve("debug: true, trace: true")
     script(f"{role} -c 1", url=url).wait_for(told)
-    # Its log: SUB or PUB, then PING, which it answers.
+    # Its log: after SUB or PUB came PING, whose answer the script waits for.
     assert re.search(rf"(?s)<<- \[{op} greetings .*<<- \[PING\]", server.errors())
 
 
@@ -398,12 +398,12 @@ def test_a_signal_loses_nothing(args: str, line: str, signal_at: str, signum: in
 def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
     blocking = copy_with("while True: print('blocking', flush=True); time.sleep(0.01)")
     run = script(url=default_url, file=blocking).wait_for("blocking")
-    run.send(SIGINT)
-    run.wait_for("blocking\n" * 99)  # the first does not end it
+    run.send(SIGINT).wait_for("blocking\n" * 99)  # the first does not end it
     run.ends(SIGINT, error="interrupted", within=2)
     deadline = time.monotonic() + 2
     while listens():
         assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_ctrl_c_while_python_exits_is_quiet() -> None:
@@ -414,23 +414,24 @@ def test_ctrl_c_while_python_exits_is_quiet() -> None:
 @mark.parametrize("ignored", [SIGINT, SIGHUP])
 def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
     run = script(PACED, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN)).wait_for("#2 ")
-    run.send(ignored)
-    run.wait_for("<- greetings #99 ").ends(SIGTERM)
+    run.send(ignored).wait_for("<- greetings #99 ").ends(SIGTERM)
 
 
-@mark.parametrize("args", ["both -c 99", "publish -c 99", "both -q -c 1", "publish -q -c 1"])
-def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
+@mark.parametrize(
+    "args, signals",
+    [
+        ("both -c 99", []),
+        ("publish -c 99", []),
+        ("both -q -c 1", []),
+        ("publish -q -c 1", []),
+        ("subscribe", [SIGINT]),  # Ctrl-C ends `| tee`, too
+    ],
+)
+def test_a_closed_pipe_ends_the_run_quietly(args: str, signals: list[int]) -> None:
     run = script(args, url=default_url, stdout=subprocess.PIPE)
     run.process.stdout.readline()  # "starting nats-server"
     run.process.stdout.close()  # as `| head -1` does
-    run.ends()
-
-
-def test_ctrl_c_with_a_closed_pipe_is_quiet() -> None:
-    run = script("subscribe", stdout=subprocess.PIPE)
-    run.process.stdout.readline()
-    run.process.stdout.close()  # as `| tee` does at Ctrl-C
-    run.ends(SIGINT)
+    run.ends(*signals)
 
 
 # The server freezes, dies, returns
@@ -458,19 +459,19 @@ def test_a_freeze_loses_nothing() -> None:
     run.wait_for("<- greetings #60 ").ends(SIGINT)
 
 
-def test_a_death_loses_only_what_the_server_had() -> None:
+def test_a_death_loses_only_messages_under_way() -> None:
     url, server = serve()
     run = script(f"{PACED} -m {'x' * 999}", url=url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
-    run.wait_for("-> greetings #200 ")  # the server has these
+    run.wait_for("-> greetings #200 ")  # under way
     server.send(SIGKILL)
     run.wait_for("disconnected")
-    unreceived = run.output().count("->") - run.output().count("<-")
-    run.wait_for("-> greetings #400 ")  # the client has these
+    under_way = run.output().count("->") - run.output().count("<-")
+    run.wait_for("-> greetings #400 ")  # they wait in the client
     serve(url=url)
     run.wait_for("<- greetings #400 ").ends(SIGINT, error=r"\d+ messages lost")
     lost = run.output().count("->") - run.output().count("<-")
-    assert 0 < lost <= unreceived and run.errors() == f"error: {lost} messages lost\n"
+    assert 0 < lost <= under_way and run.errors() == f"error: {lost} messages lost\n"
 
 
 def test_reconnecting_never_gives_up() -> None:
@@ -480,14 +481,14 @@ def test_reconnecting_never_gives_up() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        listener.settimeout(1.9)  # nats-py's default is every 2 s,
-        for _ in range(62):  # 60 times
+        listener.settimeout(1.9)  # nats-py's default: every 2 s, 60 times
+        for _ in range(62):
             listener.accept()[0].close()
     serve(url=f"127.0.0.1:{port}")
     run.wait_for("reconnected").ends(SIGINT)
 
 
-def test_finishing_without_a_server_is_an_error() -> None:
+def test_a_publisher_that_finishes_without_a_server_ends_with_an_error() -> None:
     url, server = serve()
     run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
     server.send(SIGKILL)
@@ -518,9 +519,9 @@ COPIED = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING  # as the README says
 
 
 @mark.parametrize("program", [IMPORTED, COPIED], ids=["imported", "copied"])
-def test_importing_or_copying_the_script_works(program: str) -> None:
+def test_your_own_work_runs_if_imported_or_copied(program: str) -> None:
     serve(url=default_url)  # COPIED starts none
-    run = Program(sys.executable, "-B", "-c", program, "-q", "-c1", cwd=HERE)
+    run = Program(sys.executable, "-B", "-c", program, "-q", "-c1", cwd=SCRIPT.parent)
     run.wait_for("working on Hello").ends()
 
 
