@@ -1,6 +1,6 @@
 """What pub_sub_nats_os.py promises, with a real nats-server.
 
-They share a server: docker-compose.yml's container, or else the nats-server program.
+The tests share a server: docker-compose.yml's container, or else the nats-server program.
 REQUIRE_CONTAINER=1 makes a missing container a failure. Port 4222 must be free.
 """
 
@@ -89,7 +89,7 @@ def free_port() -> str:
 programs: list[Program] = []
 shared_port = free_port()
 shared_url = f"127.0.0.1:{shared_port}"
-default_url = "127.0.0.1:4222"  # there, the script starts a server
+default_url = "127.0.0.1:4222"  # the script starts a server there
 
 
 def script(args: str = "", url: str = shared_url, file: Path = SCRIPT, **more: Any) -> Program:
@@ -173,7 +173,7 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
     ],
 )
-def test_only_unprintable_text_is_escaped(message: str, encoding: str, shown: str) -> None:
+def test_only_what_cannot_be_shown_is_escaped(message: str, encoding: str, shown: str) -> None:
     env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": encoding}
     run = Program(sys.executable, SCRIPT, "-c1", "-m", message, env=env).ends()
     assert f"-> greetings #1 {shown}\n" in run.output()
@@ -277,7 +277,7 @@ READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe":
 def test_a_signal_ends_the_script_and_its_server(role: str, signum: int) -> None:
     run = script(f"{role} {PACED}", url=default_url, start_new_session=True).wait_for(READY[role])
     assert listens() and not listens(host="127.0.0.2")  # only at 127.0.0.1
-    os.killpg(run.process.pid, signum)  # as terminals do
+    os.killpg(run.process.pid, signum)  # to its group
     run.ends()
     assert not listens() and not os.listdir()
 
@@ -289,7 +289,7 @@ def test_two_scripts_started_together_share_a_server() -> None:
 
 
 def script_with_server(code: str, folder: str = "bin") -> Program:
-    """Start the script with that shell code as the only nats-server program."""
+    """Start the script with that shell code as the only nats-server."""
     Path("python").symlink_to(sys.executable)  # the script looks beside Python
     Path(folder).mkdir(parents=True)
     Path(folder, "nats-server").write_text(f"#!/bin/sh\n{code}")
@@ -368,7 +368,7 @@ def test_sent_is_shown_once_the_server_has_all() -> None:
 
 # Ctrl-C
 def copy_with(line: str, options: str = "") -> Path:
-    """Copy the script, with that line in work() and those options of subscribe()."""
+    """Copy the script with that line in work(), those options in subscribe()."""
     source = re.sub('"""Your own work.*', line, SOURCE)
     assert line in source
     Path("mine.py").write_text(source.replace("cb=on_message", f"cb=on_message, {options}"))
@@ -395,7 +395,7 @@ def test_a_signal_loses_nothing(args: str, line: str, signal_at: str, signum: in
 def test_a_second_signal_ends_the_run_at_once() -> None:
     blocking = copy_with("while True: print('blocking', flush=True); time.sleep(0.01)")
     run = script(url=default_url, file=blocking).wait_for("blocking")
-    run.send(SIGTERM).wait_for("blocking\n" * 99)  # the first does not end it
+    run.send(SIGTERM).wait_for("blocking\n" * 99)  # it goes on
     run.ends(SIGINT, error="interrupted", within=2)
     script("-c 1", url=default_url).wait_for("starting").ends()  # its server is gone
 
@@ -439,7 +439,7 @@ def test_ctrl_c_ends_the_run_with_a_frozen_or_dead_server(role: str, fate: int, 
     time.sleep(0.5 if fate == SIGSTOP else 0)  # a buffer fills
     run.ends(SIGINT, error=error, within=6)
     assert len(run.totals()) == (2 if role == "both" else 1)
-    assert "lost" not in run.output()  # it is unknown
+    assert "lost" not in run.output()  # unknown
 
 
 @mark.parametrize("args", [PACED, FLOOD], ids=["paced", "flood"])
@@ -458,7 +458,7 @@ def test_what_is_published_in_an_outage_arrives() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected").wait_for("-> greetings #200 ")
     serve(url=url)
-    run.wait_for("<- greetings #200 ")
+    assert run.wait_for("<- greetings #200 ").output().count("<-") > 150
 
 
 def test_messages_that_die_with_the_server_are_counted() -> None:
@@ -481,7 +481,7 @@ def test_reconnecting_never_gives_up() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        # nats-py's default is 60 attempts, 2 s apart.
+        # nats-py's default: 60 attempts, 2 s apart
         listener.settimeout(1)
         for _ in range(62):
             listener.accept()[0].close()
