@@ -383,7 +383,7 @@ def copy_with(line: str, options: str = "") -> Path:
         (PACED, "pass", "<- greetings #1 "),
         ("-i 60", "pass", "<- greetings #1 "),  # a long pause
         ("-i 0 -c 9", "await asyncio.sleep(0.1)", "<- greetings #2 "),  # slow work
-        ("-i 0 -c 9", "await asyncio.sleep(0.3)", "publisher: 9 sent"),  # the last drain
+        ("-i 0 -c 9", "await asyncio.sleep(0.2)", "publisher: 9 sent"),  # the last drain
     ],
 )
 def test_a_signal_loses_nothing(args: str, line: str, signal_at: str, signum: int) -> None:
