@@ -89,7 +89,7 @@ def free_port() -> str:
 programs: list[Program] = []
 shared_port = free_port()
 shared_url = f"127.0.0.1:{shared_port}"
-default_url = "127.0.0.1:4222"  # the script starts a server there
+own_url = "127.0.0.1:4222"  # the script starts its server there
 
 
 def script(args: str = "", url: str = shared_url, file: Path = SCRIPT, **more: Any) -> Program:
@@ -137,8 +137,8 @@ def test_a_queue_group_shares_the_messages() -> None:
 
 def test_wildcards_match_tokens() -> None:
     subscriber = subscribe("--subject 'news.*.>'")
-    script("publish -c 1 --subject news.uk.soho.rain").ends()
-    subscriber.wait_for("subscriber <- news.uk.soho.rain #1 ").ends(SIGINT)
+    script("publish -c 1 --subject news.uk.a.b").ends()
+    subscriber.wait_for("subscriber <- news.uk.a.b #1 ").ends(SIGINT)
 
 
 def test_latency_and_publisher_are_shown() -> None:
@@ -148,7 +148,7 @@ def test_latency_and_publisher_are_shown() -> None:
     shown = r"\((\d+\.\d\d) ms from process (\d+)-(\w+)\)\n"
     (latency, pid, suffix), (_, _, other) = re.findall(shown, subscriber.ends(SIGINT).output())
     assert 0 < float(latency) < (time.monotonic() - began) * 1000
-    assert pid == str(publisher.process.pid) and suffix != other  # containers can share process IDs
+    assert pid == str(publisher.process.pid) and suffix != other  # process IDs may be equal
 
 
 # Arguments and output
@@ -170,7 +170,7 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("", "utf-8", ""),
         (' it\'s "é" C:\\new ✓ ', "utf-8", ' it\'s "é" C:\\new ✓ '),
         ("café ✓", "ascii", r"caf\xe9 \u2713"),
-        ("bell \a, two\nlines", "utf-8", r"bell \x07, two\nlines"),
+        ("\a two\nlines", "utf-8", r"\x07 two\nlines"),
     ],
 )
 def test_only_what_cannot_be_shown_is_escaped(message: str, encoding: str, shown: str) -> None:
@@ -195,14 +195,14 @@ async def publish_raw(*payloads: bytes) -> None:
 
 def test_a_gap_is_told_even_with_quiet() -> None:
     loud, quiet = subscribe(), subscribe("-q")
-    asyncio.run(publish_raw(b"1-a 4 1 Hi", b"Hi", b"1-a 7 1 two\nlines", b"1-a 9 1 Hi"))
+    asyncio.run(publish_raw(b"1-a 4 1 Hi", b"1-a 7 1 Hi", b"1-a 9 1 Hi"))
     loud.ends(SIGINT, error="3 messages lost")
     quiet.ends(SIGINT, error="3 messages lost")
     lost = "subscriber lost 2: #5 to #6 from process 1-a\n"
-    assert f"{lost}subscriber <- greetings #7 two\\nlines (" in loud.output()
+    assert f"{lost}subscriber <- greetings #7 Hi (" in loud.output()
     assert lost in quiet.output() and "<-" not in quiet.output()
     assert "->" not in script("publish -q -c 1").ends().output()
-    assert loud.totals() == quiet.totals() == ["subscriber: 4 received, 3 lost"]
+    assert loud.totals() == quiet.totals() == ["subscriber: 3 received, 3 lost"]
 
 
 def test_gaps_are_counted_for_each_process() -> None:
@@ -224,7 +224,7 @@ def test_other_programs_messages_are_shown() -> None:
     texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # quotations are no gap
     texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # no int; nearly 1 MiB
     asyncio.run(publish_raw(*[text.encode() for text in texts], b"\xff"))
-    subscriber.ends(SIGINT)
+    assert subscriber.ends(SIGINT).totals() == ["subscriber: 6 received, 0 lost"]
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
 
 
@@ -276,7 +276,7 @@ READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe":
 @mark.parametrize("role", READY)
 @mark.parametrize("signum", [SIGINT, SIGTERM, SIGHUP])
 def test_a_signal_ends_the_script_and_its_server(role: str, signum: int) -> None:
-    run = script(f"{role} {PACED}", url=default_url, start_new_session=True).wait_for(READY[role])
+    run = script(f"{role} {PACED}", url=own_url, start_new_session=True).wait_for(READY[role])
     assert listens() and not listens(host="127.0.0.2")  # only at 127.0.0.1
     os.killpg(run.process.pid, signum)  # its group
     run.ends()
@@ -284,8 +284,8 @@ def test_a_signal_ends_the_script_and_its_server(role: str, signum: int) -> None
 
 
 def test_two_scripts_started_together_share_a_server() -> None:
-    subscriber = script("subscribe", url=default_url)
-    script(f"publish {PACED}", url=f"nats://{default_url}")
+    subscriber = script("subscribe", url=own_url)
+    script(f"publish {PACED}", url=f"nats://{own_url}")
     subscriber.wait_for("subscriber <- greetings #")
 
 
@@ -337,7 +337,7 @@ def test_errors_are_told_without_the_password(config: str, args: str, error: str
 
 
 def test_a_list_of_urls_starts_no_server() -> None:
-    assert "starting" not in script("-c 1", url=f"{default_url},{shared_url}").ends().output()
+    assert "starting" not in script("-c 1", url=f"{own_url},{shared_url}").ends().output()
 
 
 def test_ipv6_addresses_work() -> None:
@@ -354,7 +354,7 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
             given_up.ends(error="no connection within 3 s: TimeoutError.*", within=5)
 
 
-def test_listening_is_shown_once_the_server_has_subscribed() -> None:
+def test_listening_is_shown_once_the_server_has_the_subscription() -> None:
     url, server = serve("trace: true")
     script("subscribe", url=url).wait_for("listening")
     # Its log: SUB, then PING, which it answers
@@ -395,10 +395,10 @@ def test_a_signal_loses_nothing(args: str, line: str, signal_at: str, signum: in
 
 def test_a_second_signal_ends_the_run_at_once() -> None:
     blocking = copy_with("while True: print('blocking', flush=True); time.sleep(0.01)")
-    run = script(url=default_url, file=blocking).wait_for("blocking")
+    run = script(url=own_url, file=blocking).wait_for("blocking")
     run.send(SIGTERM).wait_for("blocking\n" * 99)  # it goes on
     run.ends(SIGINT, error="interrupted", within=2)
-    script("-c 1", url=default_url).wait_for("starting").ends()  # its server is gone
+    script("-c 1", url=own_url).wait_for("starting").ends()  # its server is gone
 
 
 def test_ctrl_c_while_python_exits_is_quiet() -> None:
@@ -414,8 +414,8 @@ def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
 
 @mark.parametrize("args", ["both -c 99", "publish -c 99", "both -q -c 1", "publish -q -c 1"])
 def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
-    run = script(args, url=default_url, stdout=subprocess.PIPE)
-    run.process.stdout.readline()  # "starting …"
+    run = script(args, url=own_url, stdout=subprocess.PIPE)
+    run.process.stdout.readline()
     run.process.stdout.close()  # as `| head -1` does
     run.ends()
 
@@ -459,7 +459,8 @@ def test_what_is_published_in_an_outage_arrives() -> None:
     server.send(SIGKILL)
     run.wait_for("disconnected").wait_for("-> greetings #200 ")
     serve(url=url)
-    assert run.wait_for("<- greetings #200 ").output().count("<-") > 150
+    before, after = run.wait_for("<- greetings #200 ").output().split("disconnected")
+    assert after.count("<-") >= 200 - before.count("->")
 
 
 def test_messages_that_die_with_the_server_are_counted() -> None:
@@ -503,7 +504,7 @@ def test_a_publisher_that_finishes_in_an_outage_fails() -> None:
 @mark.parametrize("kind", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
 @mark.parametrize("args", [FLOOD, "-c 1"], ids=["flood", "last drain"])
 def test_an_exception_in_work_ends_the_run_with_its_traceback(kind: str, args: str) -> None:
-    run = script(args, url=default_url, file=copy_with(f"raise {kind}('mine')"))
+    run = script(args, url=own_url, file=copy_with(f"raise {kind}('mine')"))
     assert run.process.wait(9) == 1 and len(run.totals()) == 2
     assert run.errors().count("Traceback") == run.errors().count("in work\n") == 1
     assert "/nats/" not in run.errors()
@@ -526,13 +527,12 @@ def test_the_imported_script_runs_your_own_work() -> None:
     run.wait_for("working on").ends()
 
 
-def test_what_the_readme_says_to_copy_runs_your_own_work() -> None:
-    serve(url=default_url)  # the copy starts none
+def test_the_readmes_copy_runs_your_own_work() -> None:
+    serve(url=own_url)  # the copy starts none
     code = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
     Program(sys.executable, "-c", code).wait_for("working on").ends()
 
 
-# The README
 def assert_shown(shown: str, run: Program) -> None:
     """All lines were printed, in their order, but for the numbers."""
     numbers = r"\d+-\w{6}|\d+(\.\d+)?"
