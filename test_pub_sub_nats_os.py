@@ -222,7 +222,7 @@ def test_repeats_and_restarts_are_no_gaps() -> None:
 def test_other_programs_messages_are_shown() -> None:
     subscriber = subscribe()
     texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # quotations are no gap
-    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # no int; nearly 1 MiB
+    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # no int(); nearly 1 MB
     asyncio.run(publish_raw(*[text.encode() for text in texts], b"\xff"))
     assert subscriber.ends(SIGINT).totals() == ["subscriber: 6 received, 0 lost"]
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
