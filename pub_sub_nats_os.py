@@ -16,8 +16,8 @@ are not notified. So publishers number their messages, and subscribers without
 --queue report gaps between those that arrive, not losses before the first or
 after the last. A restarted publisher is a new one. To lose none, use JetStream.
 
-Ctrl-C ends the run once messages in flight are handled; a second one, or one
-before we are connected, at once with status 1. An error or a loss means 1, too.
+Ctrl-C ends the run once messages in flight are handled. A second one, or one
+before we are connected, ends it at once: status 1, as after an error or a loss.
 """
 
 import asyncio
@@ -38,11 +38,11 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique for each run
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique to each run
 PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # see publisher()
 nc = Client()
 stop = asyncio.Event()  # set when all is sent, by a signal, error or closed stdout
-gentle = asyncio.Event()  # once connected, the first signal is gentle
+graceful = asyncio.Event()  # see on_signal()
 errors: list[Exception] = []  # run() raises the first
 
 
@@ -54,7 +54,7 @@ async def publisher(args: Namespace) -> None:
     """Publish until all is sent, or `stop` is set."""
     sent = 0
     try:
-        await flush()  # role `both`: meanwhile, our subscriber subscribes
+        await flush()  # role `both`: until the server has our subscription
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
@@ -78,8 +78,8 @@ async def subscriber(args: Namespace) -> None:
     received = lost = 0
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # Called for one message at a time. More wait in the client, up to 524,288 or 128 MiB; then it
-    # drops new ones (slow consumer): the run ends. If we hang, the server keeps 64 MiB, for 10 s.
+    # Called for one message at a time. 524,288 more, or 128 MiB, wait in the client; then it drops
+    # new ones (slow consumer): the run ends. If we hang, the server disconnects us at 64 MiB or 10 s.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -104,7 +104,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if nc.is_closed:
-                raise  # closing cancels work()
+                raise  # cancelled by close() in run()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -126,13 +126,13 @@ async def subscriber(args: Namespace) -> None:
 
 
 async def flush() -> None:
-    """PING and PONG, twice: then the server has all that we sent, and we have what it sent."""
-    await nc.flush(timeout=3)  # this PING may overtake buffered messages
+    """PING, wait for PONG: all sent before has arrived. Twice: PING overtakes buffered messages."""
+    await nc.flush(timeout=3)
     await nc.flush(timeout=3)  # the buffer is sent by now
 
 
 def fail(error: Exception) -> None:
-    if nc.is_closed:  # the server has told why
+    if nc.is_closed:  # by the server, which has told why
         error = nc.last_error or error
     errors.append(error)
     stop.set()
@@ -147,13 +147,13 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client reconnects and resubscribes, without end. Any other error ends the run.
+    # The client repairs a broken connection, without end, and resubscribes. Messages in flight are
+    # lost; what we publish then waits, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # reconnecting, broken, or a buffer stays full
+            return  # the client repairs this
         fail(error)
 
-    # In an outage, messages in flight are lost. What we publish waits; at 2 MiB, the run ends.
     connecting = nc.connect(
         servers=args.server.split(","),
         disconnected_cb=on_change,
@@ -161,19 +161,19 @@ async def run(args: Namespace) -> None:
         error_cb=on_error,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore[arg-type]
-        flush_timeout=0.5,  # how long publish() waits while the buffer is full
+        flush_timeout=0.5,  # how long publish() waits for a slow server
         pedantic=True,  # the server checks the subject
     )
     try:
         await asyncio.wait_for(connecting, timeout=3)
     except TimeoutError:
         raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
-    gentle.set()
+    graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if not (nc.is_connected or nc.is_closed):  # the cause of other errors
+    if not (nc.is_connected or nc.is_closed):
         cause = nc.last_error or Error("lost")
-        errors.insert(0, Error(f"no connection: {cause!r}"))
+        errors.insert(0, Error(f"no connection: {cause!r}"))  # it caused the others
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
     if errors:
@@ -210,7 +210,7 @@ def start_server() -> None:
     started = time.monotonic()
     while not is_listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not is_listening():  # maybe another's
+    if not is_listening():  # neither ours nor another's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
@@ -232,12 +232,12 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def on_signal(*_: object) -> None:
-        if not gentle.is_set():
+        if not graceful.is_set():
             for server in servers:
                 server.kill()
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
-        gentle.clear()
+        graceful.clear()
         with suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
