@@ -13,11 +13,11 @@ The server delivers each message to all current subscribers of its subject, but
 to only one member of a queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So publishers number their messages, and subscribers without
---queue report gaps between those that arrive, not losses before the first or
-after the last. A restarted publisher is a new one. To lose none, use JetStream.
+--queue report gaps, but can't see losses at either end. A restarted publisher
+is a new one. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled. A second one, or one
-before we are connected, ends it at once: status 1, as after an error or a loss.
+before we connect, ends it at once: status 1, as after errors or losses; else 0.
 """
 
 import asyncio
@@ -39,10 +39,9 @@ from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique to each run
-PAYLOAD = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # see publisher()
 nc = Client()
 stop = asyncio.Event()  # set when all is sent, by a signal, error or closed stdout
-graceful = asyncio.Event()  # see on_signal()
+graceful = asyncio.Event()  # once connected, a first Ctrl-C is graceful
 errors: list[Exception] = []  # run() raises the first
 
 
@@ -64,7 +63,7 @@ async def publisher(args: Namespace) -> None:
             if sent == args.count:
                 stop.set()
             elif args.interval or sent % 100 == 0:
-                # A pause that `stop` ends. One of 0 s only lets the client send.
+                # Pause, or stop. A pause of 0 s only lets the client send.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
         await flush()  # until the server has all; who gets it is unknown
@@ -76,10 +75,11 @@ async def publisher(args: Namespace) -> None:
 async def subscriber(args: Namespace) -> None:
     """Receive messages until `stop` is set."""
     received = lost = 0
+    pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # publisher()'s
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
     # Called for one message at a time. 524,288 more, or 128 MiB, wait in the client; then it drops
-    # new ones (slow consumer): the run ends. If we hang, the server disconnects us at 64 MiB or 10 s.
+    # new ones (slow consumer): the run ends. If we hang, the server cuts us off at 64 MiB or 10 s.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -87,7 +87,7 @@ async def subscriber(args: Namespace) -> None:
         received += 1
         try:
             text = msg.data.decode("utf-8", "replace")
-            match = PAYLOAD.fullmatch(text)  # None: foreign
+            match = pattern.fullmatch(text)  # None: another program's
             if match:
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
@@ -104,7 +104,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if nc.is_closed:
-                raise  # cancelled by close() in run()
+                raise  # cancelled by close()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -114,7 +114,7 @@ async def subscriber(args: Namespace) -> None:
         await flush()  # before it, we may miss messages
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
-        await stop.wait()  # an Event: cancel() would skip flush and drain
+        await stop.wait()  # not cancelled, as flush and drain follow
         await flush()  # until what is in flight has arrived
         await sub.drain()  # unsubscribe, handle what is pending; close() discards it
     except Exception as error:
@@ -126,13 +126,13 @@ async def subscriber(args: Namespace) -> None:
 
 
 async def flush() -> None:
-    """PING, wait for PONG: all sent before has arrived. Twice: PING overtakes buffered messages."""
-    await nc.flush(timeout=3)
-    await nc.flush(timeout=3)  # the buffer is sent by now
+    """Wait until the server has all that we sent, and we have what it sent."""
+    await nc.flush(timeout=3)  # PING, then wait for PONG; PING overtakes buffered messages
+    await nc.flush(timeout=3)  # they are sent by now, and this PING follows
 
 
 def fail(error: Exception) -> None:
-    if nc.is_closed:  # by the server, which has told why
+    if nc.is_closed:  # the server closed it, and told why
         error = nc.last_error or error
     errors.append(error)
     stop.set()
@@ -148,7 +148,7 @@ async def run(args: Namespace) -> None:
             show("reconnected" if nc.is_connected else "disconnected")
 
     # The client repairs a broken connection, without end, and resubscribes. Messages in flight are
-    # lost; what we publish then waits, up to 2 MiB or the run's end. Other errors end the run.
+    # lost; what we publish meanwhile waits, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
             return  # the client repairs this
