@@ -221,8 +221,8 @@ def test_repeats_and_restarts_are_no_gaps() -> None:
 
 def test_other_programs_messages_are_shown() -> None:
     subscriber = subscribe()
-    texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # quotations are no gap
-    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # no int(); nearly 1 MB
+    texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # quotes are no gap
+    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # no int; nearly 1 MB
     asyncio.run(publish_raw(*[text.encode() for text in texts], b"\xff"))
     assert subscriber.ends(SIGINT).totals() == ["subscriber: 6 received, 0 lost"]
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
@@ -309,7 +309,7 @@ def test_a_missing_nats_server_is_told() -> None:
 
 
 @mark.parametrize("code, status, within", [("exit 7", 7, 2), ("exec /bin/sleep 9", None, 5)])
-def test_a_nats_server_that_never_listens_is_told(code: str, status: Any, within: int) -> None:
+def test_a_server_that_never_listens_is_told(code: str, status: Any, within: int) -> None:
     error = f"nats-server does not listen, exit status {status}"
     script_with_server(code).ends(error=error, within=within)
 
@@ -337,7 +337,7 @@ def test_errors_are_told_without_the_password(config: str, args: str, error: str
 
 
 def test_a_list_of_urls_starts_no_server() -> None:
-    assert "starting" not in script("-c 1", url=f"{own_url},{shared_url}").ends().output()
+    assert "starting" not in script("-c 1", url=f"{own_url},{shared_url},{own_url}").ends().output()
 
 
 def test_ipv6_addresses_work() -> None:
