@@ -13,8 +13,8 @@ The server delivers each message to all current subscribers of its subject, but
 to only one member of a queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So publishers number their messages, and subscribers without
---queue report gaps, but can't see losses at either end. A restarted publisher
-is a new one. To lose none, use JetStream.
+--queue report gaps between those that arrive, not losses before the first or
+after the last. A restarted publisher is a new one. To lose none, use JetStream.
 
 Ctrl-C ends the run once messages in flight are handled. A second one, or one
 before we connect, ends it at once: status 1, as after errors or losses; else 0.
@@ -63,7 +63,7 @@ async def publisher(args: Namespace) -> None:
             if sent == args.count:
                 stop.set()
             elif args.interval or sent % 100 == 0:
-                # Pause, or stop. A pause of 0 s only lets the client send.
+                # Pause until `stop`. In a flood, 0 s each 100 messages let the client send.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
         await flush()  # until the server has all; who gets it is unknown
@@ -73,7 +73,7 @@ async def publisher(args: Namespace) -> None:
 
 
 async def subscriber(args: Namespace) -> None:
-    """Receive messages until `stop` is set."""
+    """Receive until `stop` is set, then flush and drain, which cancelling would skip."""
     received = lost = 0
     pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # publisher()'s
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
@@ -87,7 +87,7 @@ async def subscriber(args: Namespace) -> None:
         received += 1
         try:
             text = msg.data.decode("utf-8", "replace")
-            match = pattern.fullmatch(text)  # None: another program's
+            match = pattern.fullmatch(text)  # None: foreign
             if match:
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
@@ -114,7 +114,7 @@ async def subscriber(args: Namespace) -> None:
         await flush()  # before it, we may miss messages
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
-        await stop.wait()  # not cancelled, as flush and drain follow
+        await stop.wait()
         await flush()  # until what is in flight has arrived
         await sub.drain()  # unsubscribe, handle what is pending; close() discards it
     except Exception as error:
@@ -127,12 +127,12 @@ async def subscriber(args: Namespace) -> None:
 
 async def flush() -> None:
     """Wait until the server has all that we sent, and we have what it sent."""
-    await nc.flush(timeout=3)  # PING, then wait for PONG; PING overtakes buffered messages
-    await nc.flush(timeout=3)  # they are sent by now, and this PING follows
+    await nc.flush(timeout=3)  # PING, wait for PONG; PING overtakes what the client buffers
+    await nc.flush(timeout=3)  # that is sent by now
 
 
 def fail(error: Exception) -> None:
-    if nc.is_closed:  # the server closed it, and told why
+    if nc.is_closed:  # the server closed it and told why
         error = nc.last_error or error
     errors.append(error)
     stop.set()
@@ -161,7 +161,7 @@ async def run(args: Namespace) -> None:
         error_cb=on_error,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore[arg-type]
-        flush_timeout=0.5,  # how long publish() waits for a slow server
+        flush_timeout=0.5,  # publish() waits so long at most
         pedantic=True,  # the server checks the subject
     )
     try:
@@ -210,7 +210,7 @@ def start_server() -> None:
     started = time.monotonic()
     while not is_listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not is_listening():  # neither ours nor another's
+    if not is_listening():  # nor does another's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
