@@ -109,10 +109,10 @@ async def subscriber(args: Namespace) -> None:
             fail(Error(f"on_message() failed: {error!r}"))
 
     try:
-        # A callback: `async for` makes a task per message: a third as fast.
+        # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
-        if not stop.is_set():  # on_error() sets it if refused
+        if not stop.is_set():  # it is set if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
         await flush()  # until what is in flight has arrived
@@ -161,7 +161,7 @@ async def run(args: Namespace) -> None:
         error_cb=on_error,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore[arg-type]
-        flush_timeout=0.5,  # publish() waits so long at most
+        flush_timeout=0.5,  # publish() waits for a slow server
         pedantic=True,  # the server checks the subject
     )
     try:
