@@ -60,7 +60,7 @@ class Program:  # a running command, with its output and errors in files
 
     def send(self, signum: int) -> "Program":
         self.process.send_signal(signum)
-        if signum == SIGSTOP:  # it takes a moment for all threads
+        if signum in [SIGSTOP, SIGKILL]:  # they take a moment
             os.waitpid(self.process.pid, os.WUNTRACED)
         return self
 
