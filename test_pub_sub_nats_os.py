@@ -170,7 +170,7 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("", "utf-8", ""),
         (' it\'s "é" C:\\new ✓ ', "utf-8", ' it\'s "é" C:\\new ✓ '),
         ("café ✓", "ascii", r"caf\xe9 \u2713"),
-        ("\a two\nlines", "utf-8", r"\x07 two\nlines"),
+        ("\a bell\n", "utf-8", r"\x07 bell\n"),
     ],
 )
 def test_only_what_cannot_be_shown_is_escaped(message: str, encoding: str, shown: str) -> None:
