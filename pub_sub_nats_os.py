@@ -112,11 +112,11 @@ async def subscriber(args: Namespace) -> None:
         # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # before it, we may miss messages
-        if not stop.is_set():  # it is set if refused
+        if not stop.is_set():  # set if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await flush()  # until what is in flight has arrived
-        await sub.drain()  # unsubscribe, handle what is pending; close() discards it
+        await nc.flush(timeout=3)  # does the server answer?
+        await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
     unknown = args.queue or errors or not nc.is_connected

@@ -48,7 +48,7 @@ class Program:  # a running command, with its output and errors in files
         return Path(self.files[1].name).read_text()
 
     def totals(self) -> list[str]:
-        return re.findall(r"(?m)^\w+: .*", self.output())
+        return sorted(re.findall(r"(?m)^\w+: .*", self.output()))
 
     def wait_for(self, text: str) -> "Program":
         deadline = time.monotonic() + 20
