@@ -63,7 +63,7 @@ async def publisher(args: Namespace) -> None:
             if sent == args.count:
                 stop.set()
             elif args.interval or sent % 100 == 0:
-                # Pause until `stop`. In a flood, 0 s each 100 messages let the client send.
+                # Pause until `stop`. In a flood, 0 s per 100 messages let the client send.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
         await flush()  # until the server has all; who gets it is unknown
@@ -115,7 +115,7 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # set if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # does the server answer?
+        await nc.flush(timeout=3)  # drain() may hang 10 s
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
