@@ -119,8 +119,8 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    unknown = args.queue or errors or not nc.is_connected
-    show(f"subscriber: {received} received" + ("" if unknown else f", {lost} lost"))
+    known = nc.is_connected and not errors and not args.queue
+    show(f"subscriber: {received} received" + (f", {lost} lost" if known else ""))
     if lost:
         fail(Error(f"{lost} messages lost"))
 
@@ -210,7 +210,7 @@ def start_server() -> None:
     started = time.monotonic()
     while not is_listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not is_listening():  # nor does another's
+    if not is_listening():  # not even another's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
