@@ -7,18 +7,18 @@
 Without arguments, one process publishes and receives five messages. Or start
 `subscribe` (until Ctrl-C), then `publish` in another terminal. If no server
 listens on the default, 127.0.0.1:4222, the script starts one, and stops it when
-it exits. If `publish` starts first, `subscribe` misses what it has sent so far,
-unreported, and loses the server when `publish` ends.
+it exits. If `publish` starts first, `subscribe` misses what it has sent,
+unreported, and the server ends with `publish`.
 
 The server delivers each message to all current subscribers of its subject, but
 to only one member of each queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
-are not notified. So ours number their messages, and subscribers without
---queue report gaps, but not losses after the last message, or before the first
-from another process. A restarted publisher is new. To lose none, use JetStream.
+are not notified. So ours number their messages, and subscribers without --queue
+report gaps. They can't see losses after the last message, or before the first
+they get from another (or restarted) process. To lose none, use JetStream.
 
-Ctrl-C ends the run once pending messages are handled. A second, or one before
-we connect, ends it at once. Exit status 1 means that, an error or a loss.
+Ctrl-C ends the run once pending messages are handled: exit status 0. A second,
+or one before we connect, ends it at once: status 1. Errors or losses: status 1.
 """
 
 import asyncio
@@ -41,13 +41,21 @@ from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique per run
 nc = Client()
-stop = asyncio.Event()  # set once publisher() is done, or by a signal, error or closed stdout
-graceful = asyncio.Event()  # makes the first Ctrl-C, once connected, graceful
+stop = asyncio.Event()  # set when publisher() has sent all, by a signal, error or closed stdout
+graceful = asyncio.Event()  # set once connected, cleared by the first Ctrl-C
 errors: list[Exception] = []  # run() raises the first
+servers: list[subprocess.Popen[bytes]] = []
 
 
 async def work(text: str) -> None:
     """Your own work on a message. It must not block: await what is slow."""
+
+
+async def flush() -> None:
+    """Wait until the server has what we sent. A flush is a PING and its PONG, but the client sends
+    the first PING ahead of messages that it buffers; the second goes after them."""
+    await nc.flush(timeout=3)
+    await nc.flush(timeout=3)
 
 
 async def publisher(args: Namespace) -> None:
@@ -63,9 +71,11 @@ async def publisher(args: Namespace) -> None:
                 show(f"publisher  -> {args.subject} #{sent} {args.message}")
             if sent == args.count:
                 stop.set()
-            elif args.interval or sent % 100 == 0:  # -i 0: yield, so that the client sends
+            elif args.interval:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), args.interval)
+            elif sent % 100 == 0:
+                await asyncio.sleep(0)  # let the client send
         await flush()  # the server has all; who gets it is unknown
     except Exception as error:
         fail(error)
@@ -73,13 +83,13 @@ async def publisher(args: Namespace) -> None:
 
 
 async def subscriber(args: Namespace) -> None:
-    """Receive until `stop` is set, then flush and drain, which cancelling would skip."""
+    """Receive until `stop` is set, then flush and drain. Cancelling would skip them."""
     received = lost = 0
     pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # publisher()'s
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # Called for one message at a time. 524,288 more, or 128 MiB, wait in the client; then it drops
-    # new ones (slow consumer): the run ends. If we hang, the server cuts us off at 64 MiB or 10 s.
+    # One message at a time; 524,288 more, or 128 MiB, wait in the client. Then it drops new ones
+    # (slow consumer), and the run ends. If work() blocks, the server cuts us off at 64 MiB or 10 s.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -111,29 +121,22 @@ async def subscriber(args: Namespace) -> None:
     try:
         # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
-        await flush()  # before, we may miss messages
+        await flush()  # or we may miss messages
         if not stop.is_set():  # not refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # PING for 3 s at most; drain() sends the second, for 10
+        await nc.flush(timeout=3)  # notice a frozen server in 3 s; drain()'s own flush takes 10
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    exact = nc.is_connected and not errors and not args.queue
-    show(f"subscriber: {received} received" + (f", {lost} lost" if exact else ""))
+    show_lost = nc.is_connected and not errors and not args.queue  # else unknown
+    show(f"subscriber: {received} received" + (f", {lost} lost" if show_lost else ""))
     if lost:
         fail(Error(f"{lost} messages lost"))
 
 
-async def flush() -> None:
-    """PING, await PONG: then the server has what we sent, and we have what it sent."""
-    # Twice: the first PING overtakes messages that we buffer; by its PONG, they are sent.
-    await nc.flush(timeout=3)
-    await nc.flush(timeout=3)
-
-
 def fail(error: Exception) -> None:
-    if nc.is_closed:  # the server disconnected us, and told why
+    if nc.is_closed:  # by the server, for good: tell why
         error = nc.last_error or error
     errors.append(error)
     stop.set()
@@ -152,7 +155,7 @@ async def run(args: Namespace) -> None:
     # lost; what we publish meanwhile waits, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # an attempt to reconnect, or a broken connection
+            return  # the client is reconnecting, or will
         fail(error)
 
     attempt = nc.connect(
@@ -162,7 +165,7 @@ async def run(args: Namespace) -> None:
         error_cb=on_error,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore
-        flush_timeout=0.5,  # s that a full buffer delays publish()
+        flush_timeout=0.5,  # publish() waits so long at 2 MiB
         pedantic=True,  # the server checks the subject
     )
     try:
@@ -172,10 +175,11 @@ async def run(args: Namespace) -> None:
     graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if not (nc.is_connected or nc.is_closed):  # the cause, so first
-        errors.insert(0, Error(f"no connection: {nc.last_error or Error('lost')!r}"))
+    reconnecting = not (nc.is_connected or nc.is_closed)
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
+    if reconnecting:
+        raise Error(f"no connection: {nc.last_error or Error('lost')!r}")
     if errors:
         raise errors[0]
 
@@ -190,9 +194,6 @@ def show(line: str) -> None:
 
 # --- For your program, copy all above, write work(), replace args.message, and await run(),
 # once, with args as in main(). On Ctrl-C, set `stop` as on_signal() does, to drain.
-servers: list[subprocess.Popen[bytes]] = []
-
-
 def listening() -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
@@ -210,7 +211,7 @@ def start_server() -> None:
     started = time.monotonic()
     while not listening() and servers[0].poll() is None and time.monotonic() < started + 3:
         time.sleep(0.01)
-    if not listening():  # another's would do: ours ends then
+    if not listening():  # ours, or a faster script's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
@@ -225,10 +226,9 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="no individual messages")
-    words = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
-    args = parser.parse_args(words)
-    if args.count < 1 or not 0 <= args.interval < 1e9:
-        parser.error("-c must be >= 1, 0 <= -i < 1e9")
+    args = parser.parse_args([w.encode(errors="replace").decode() for w in sys.argv[1:]])  # UTF-8
+    if args.count < 1 or not 0 <= args.interval < float("inf"):
+        parser.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
 
     def on_signal(*_: object) -> None:

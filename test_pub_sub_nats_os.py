@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, Self
 
 import nats
 import pytest
@@ -50,7 +50,7 @@ class Program:  # a running command, with its output and errors in files
     def totals(self) -> list[str]:
         return sorted(re.findall(r"(?m)^\w+: .*", self.output()))
 
-    def wait_for(self, text: str) -> "Program":
+    def wait_for(self, text: str) -> Self:
         deadline = time.monotonic() + 20
         while self.process.poll() is None and text not in self.output() + self.errors():
             assert time.monotonic() < deadline
@@ -58,16 +58,15 @@ class Program:  # a running command, with its output and errors in files
         assert text in self.output() + self.errors()
         return self
 
-    def send(self, signum: int) -> "Program":
+    def send(self, signum: int) -> Self:
         self.process.send_signal(signum)
         if signum in [SIGSTOP, SIGKILL]:  # they take a moment
             os.waitpid(self.process.pid, os.WUNTRACED)
         return self
 
-    def ends(self, *signals: int, error: str = "", within: float = 9) -> "Program":
-        """Send the signals; assert status 0 and no errors, or 1 and that error (a pattern)."""
-        for signum in signals:
-            self.send(signum)
+    def ends(self, signum: int = 0, error: str = "", within: float = 9) -> Self:
+        """Send the signal; assert status 0 and no errors, or 1 and that error (a pattern)."""
+        self.send(signum)
         assert self.process.wait(within) == (1 if error else 0)
         assert re.fullmatch(f"error: {error}\n" if error else "", self.errors())
         return self
@@ -145,7 +144,7 @@ def test_wildcards_match_tokens() -> None:
     subscriber.wait_for("subscriber <- news.uk.a.b #1 ").ends(SIGINT)
 
 
-def test_latency_and_publisher_are_shown() -> None:
+def test_latency_and_a_unique_publisher_are_shown() -> None:
     began, subscriber = time.monotonic(), subscribe()
     publisher = publish("-c 1")
     publish("-c 1")
@@ -156,8 +155,8 @@ def test_latency_and_publisher_are_shown() -> None:
 
 
 # Arguments and output
-def test_help_shows_the_docstring_in_80_columns() -> None:
-    run = script("--help", url="me:sesame@host").ends()
+def test_help_is_the_docstring_in_80_columns_without_password() -> None:
+    run = script("--help", "me:sesame@host").ends()
     assert SOURCE.split('"""')[1] in run.output() and "sesame" not in run.output()
     assert max(map(len, run.output().splitlines())) <= 80
 
@@ -178,7 +177,7 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("caf\udce9", "utf-8", "caf?"),  # the byte E9
     ],
 )
-def test_what_cannot_be_shown_is_escaped(message: str, encoding: str, shown: str) -> None:
+def test_messages_are_shown_as_far_as_possible(message: str, encoding: str, shown: str) -> None:
     env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": encoding}
     run = Program(sys.executable, SCRIPT, "-c1", "-m", message, env=env).ends()
     assert f"-> greetings #1 {shown}\n" in run.output()
@@ -198,15 +197,15 @@ def test_gaps_are_told_for_each_process() -> None:
     asyncio.run(publish_raw(b"1-a 4 1 Hi", b"2-b 1000001 1 Hi", b"1-a 7 1 Hi", b"2-b 1000003 1 Hi"))
     output = subscriber.ends(SIGINT, error="3 messages lost").output()
     assert " lost 2: #5 to #6 from process 1-a\nsubscriber <- greetings #7 Hi (" in output
-    assert "subscriber lost 1: #1000002 to #1000002 from process 2-b\n" in output
+    assert " lost 1: #1000002 to #1000002 from process 2-b\n" in output
     assert "subscriber: 4 received, 3 lost" in output
 
 
 def test_quiet_shows_losses_but_no_messages() -> None:
     subscriber = subscribe("-q")
     asyncio.run(publish_raw(b"1-a 4 1 Hi", b"1-a 6 1 Hi", b"Hi"))
-    subscriber.ends(SIGINT, error="1 messages lost")
-    assert " lost 1: #5 to #5 " in subscriber.output() and "<-" not in subscriber.output()
+    output = subscriber.ends(SIGINT, error="1 messages lost").output()
+    assert " lost 1: #5 to #5 " in output and "<-" not in output
     assert "->" not in publish("-q -c 1").output()
 
 
@@ -219,8 +218,8 @@ def test_repeats_and_restarts_are_no_gaps() -> None:
 
 def test_other_programs_messages_are_shown() -> None:
     subscriber = subscribe()
-    texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # quotes are no gap
-    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # no int; nearly 1 MB
+    texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # our format, but quoted
+    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # too long for int(); 1 MB
     asyncio.run(publish_raw(*[text.encode() for text in texts], b"\xff"))
     assert subscriber.ends(SIGINT).totals() == ["subscriber: 6 received, 0 lost"]
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
@@ -245,7 +244,7 @@ def shared_server() -> Any:
     env = {**os.environ, "NATS_PORT": shared_port, "COMPOSE_PROJECT_NAME": "test" + shared_port}
     compose = partial(subprocess.run, shell=True, cwd=SCRIPT.parent, env=env, capture_output=True)
     up = compose("docker compose up -d --wait")
-    if up.returncode != 0 or not listens(shared_port):  # or Docker is remote
+    if up.returncode or not listens(shared_port):  # or Docker is remote
         compose("docker compose down")
         assert "REQUIRE_CONTAINER" not in os.environ, up.stderr
         Program("nats-server", "-a", "127.0.0.1", "-p", shared_port).wait_for("is ready")
@@ -275,7 +274,7 @@ READY = {"both": "<- greetings #2 ", "publish": "-> greetings #2 ", "subscribe":
 @mark.parametrize("role", READY)
 @mark.parametrize("signum", [SIGINT, SIGTERM, SIGHUP])
 def test_a_signal_ends_the_script_and_its_server(role: str, signum: int) -> None:
-    run = script(f"{role} {PACED}", url=own_url, start_new_session=True).wait_for(READY[role])
+    run = script(f"{role} {PACED}", own_url, start_new_session=True).wait_for(READY[role])
     assert listens() and not listens(host="127.0.0.2")  # only there
     os.killpg(run.process.pid, signum)
     run.ends()
@@ -283,8 +282,8 @@ def test_a_signal_ends_the_script_and_its_server(role: str, signum: int) -> None
 
 
 def test_two_scripts_started_together_share_a_server() -> None:
-    subscriber = script("subscribe", url=own_url)
-    script(f"publish {PACED}", url=f"nats://{own_url}")
+    subscriber = script("subscribe", own_url)
+    script(f"publish {PACED}", f"nats://{own_url}")
     subscriber.wait_for("subscriber <- greetings #")
 
 
@@ -313,7 +312,7 @@ def test_a_server_that_never_listens_is_told(code: str, status: Any, within: int
     script_with_server(code).ends(error=error, within=within)
 
 
-def test_ctrl_c_while_the_server_starts_is_quiet() -> None:
+def test_ctrl_c_while_the_server_starts_ends_the_run() -> None:
     script_with_server("exec /bin/sleep 9").wait_for("starting").ends(SIGINT, error="interrupted")
 
 
@@ -335,21 +334,22 @@ OTHER_PASSWORD = "authorization { user: me, password: other }"
     ],
 )
 def test_errors_are_told_without_the_password(config: str, args: str, error: str) -> None:
-    run = script(args, url=f"me:sesame@{serve(config)[0]}").ends(error=error)
+    run = script(args, f"me:sesame@{serve(config)[0]}").ends(error=error)
     assert not re.search("listening|sesame", run.output() + run.errors())
 
 
 def test_a_list_of_urls_starts_no_server() -> None:
-    assert "starting" not in script("-c 1", url=f"{own_url},{shared_url},{own_url}").ends().output()
+    assert "starting" not in script("-c 1", f"{own_url},{shared_url},{own_url}").ends().output()
 
 
 def test_ipv6_addresses_work() -> None:
     url, _ = serve(url=f"[::1]:{free_port()}")
-    script("-c 1", url=f"{url},nats://{url}").ends()
+    script("-c 1", f"{url},nats://{url}").ends()
 
 
 def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(9)
         url = f"127.0.0.1:{silent.getsockname()[1]}"
         given_up, interrupted = script(url=url), script(url=url)
         with silent.accept()[0], silent.accept()[0]:  # both are connected
@@ -360,9 +360,9 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
 @mark.parametrize(
     "shown, args, sent", [("listening", "subscribe", "SUB"), ("sent", "publish", "PUB")]
 )
-def test_listening_and_sent_mean_that_the_server_has_it(shown: str, args: str, sent: str) -> None:
+def test_listening_and_sent_wait_for_the_server(shown: str, args: str, sent: str) -> None:
     url, server = serve("trace: true")
-    script(args, url=url).wait_for(shown)
+    script(args, url).wait_for(shown)
     assert re.search(rf"(?s){sent} greetings.*<<- \[PING", server.errors())  # which it answers
 
 
@@ -397,7 +397,7 @@ def test_a_second_signal_ends_the_run_at_once() -> None:
     run = script(url=own_url, file=blocking).wait_for("blocking")
     run.send(SIGTERM).wait_for("blocking\n" * 99)
     run.ends(SIGINT, error="interrupted", within=2)
-    script("-c 1", url=own_url).wait_for("starting").ends()  # its server is gone
+    script("-c 1", own_url).wait_for("starting").ends()  # its server is gone
 
 
 def test_ctrl_c_while_python_exits_is_quiet() -> None:
@@ -413,25 +413,25 @@ def test_signals_ignored_at_the_start_stay_ignored(ignored: int) -> None:
 
 @mark.parametrize("args", ["both -c 99", "publish -c 99", "both -q -c 1", "publish -q -c 1"])
 def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
-    run = script(args, url=own_url, stdout=subprocess.PIPE)
+    run = script(args, own_url, stdout=subprocess.PIPE)
     run.process.stdout.readline()
-    run.process.stdout.close()  # as `| head -1` does
+    run.process.stdout.close()  # as `| head -1`
     run.ends()
 
 
 def test_ctrl_c_with_a_closed_pipe_is_quiet() -> None:
     run = script("subscribe", stdout=subprocess.PIPE)
     run.process.stdout.readline()
-    run.process.stdout.close()  # as `| tee` does
+    run.process.stdout.close()  # as Ctrl-C ends `| tee`
     run.ends(SIGINT)
 
 
 # The server freezes, dies, returns
 @mark.parametrize("role", READY)
 @mark.parametrize("fate, error", [(SIGSTOP, ".*flush timeout"), (SIGKILL, "no connection: .*")])
-def test_ctrl_c_ends_the_run_with_a_frozen_or_dead_server(role: str, fate: int, error: str) -> None:
+def test_ctrl_c_with_a_frozen_or_dead_server_fails_soon(role: str, fate: int, error: str) -> None:
     url, server = serve()
-    run = script(f"{role} {FLOOD}", url=url).wait_for(READY[role])
+    run = script(f"{role} {FLOOD}", url).wait_for(READY[role])
     server.send(fate)
     time.sleep(0.5 if fate == SIGSTOP else 0)  # a buffer fills
     run.ends(SIGINT, error=error, within=6)
@@ -439,36 +439,37 @@ def test_ctrl_c_ends_the_run_with_a_frozen_or_dead_server(role: str, fate: int, 
     assert "lost" not in run.output()  # unknown
 
 
-def test_a_freeze_loses_nothing_even_at_ctrl_c() -> None:
+def test_a_freeze_of_2_s_loses_nothing_even_at_ctrl_c() -> None:
     url, server = serve()
-    run = script(FLOOD, url=url).wait_for("<- greetings #3 ")
+    run = script(FLOOD, url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
     time.sleep(1)  # the flood fills its buffer
     run.send(SIGINT)
     time.sleep(1.5)
     server.send(SIGCONT)
-    run.ends()
+    assert run.ends().output().count("->") == run.output().count("<-")
 
 
 def test_what_is_published_in_an_outage_arrives() -> None:
     url, server = serve()
-    run = script(f"{PACED} -m {'x' * 999}", url=url).wait_for("<- greetings #3 ")
+    run = script(f"{PACED} -m {'x' * 999}", url).wait_for("<- greetings #3 ")
     server.send(SIGKILL)
     run.wait_for("disconnected").wait_for("-> greetings #200 ")
     serve(url=url)
-    before, after = run.wait_for("<- greetings #200 ").output().split("disconnected")
-    assert after.count("<-") >= 200 - before.count("->")
+    run.wait_for("<- greetings #200 ")
+    before, after = run.output().split("<- greetings #200 ")[0].split("disconnected")
+    assert after.count("<-") >= 199 - before.count("->")
 
 
 def test_messages_that_die_with_the_server_are_counted() -> None:
     url, server = serve()
-    run = script(PACED, url=url).wait_for("<- greetings #3 ")
+    run = script(PACED, url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
     run.wait_for("-> greetings #60 ")
     server.send(SIGKILL)
     run.wait_for("disconnected")
     serve(url=url)
-    run.wait_for(" lost ").ends(SIGINT, error=r"\d+ messages lost")
+    run.wait_for(" lost ").ends(SIGINT, error=".*")
     lost = run.output().count("->") - run.output().count("<-")
     assert run.errors() == f"error: {lost} messages lost\n"
 
@@ -476,12 +477,12 @@ def test_messages_that_die_with_the_server_are_counted() -> None:
 def test_reconnecting_never_gives_up() -> None:
     url, server = serve()
     refusing, port = serve(OTHER_PASSWORD)[0], free_port()
-    run = script("subscribe -q", url=f"{url},{refusing},127.0.0.1:{port}").wait_for("listening")
+    run = script("subscribe -q", f"{url},{refusing},127.0.0.1:{port}").wait_for("listening")
     server.send(SIGKILL)
     run.wait_for("disconnected")
     with socket.create_server(("127.0.0.1", int(port))) as listener:
-        listener.settimeout(1)  # nats-py waits 2 s
-        for _ in range(62):  # nats-py gives up after 60
+        listener.settimeout(1)
+        for _ in range(62):  # nats-py: 60, 2 s apart
             listener.accept()[0].close()
     serve(url=f"127.0.0.1:{port}")
     run.wait_for("reconnected").ends(SIGINT)
@@ -489,10 +490,10 @@ def test_reconnecting_never_gives_up() -> None:
 
 def test_a_publisher_that_finishes_in_an_outage_fails() -> None:
     url, server = serve()
-    run = script("publish -i 2 -c 2", url=url).wait_for("#1 ")
+    run = script("publish -i 2 -c 2", url).wait_for("#1 ")
     server.send(SIGKILL)
     run.wait_for("disconnected")
-    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # no answer
+    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # it never answers
         run.ends(error=r"no connection: \w+\(.*")
 
 
@@ -500,25 +501,25 @@ def test_a_publisher_that_finishes_in_an_outage_fails() -> None:
 @mark.parametrize("kind", ["ValueError", "ConnectionResetError", "TimeoutError", "SystemExit"])
 @mark.parametrize("args", [FLOOD, "-c 1"], ids=["flood", "last drain"])
 def test_an_exception_in_work_shows_its_traceback(kind: str, args: str) -> None:
-    run = script(args, url=own_url, file=copy_with(f"raise {kind}('mine')"))
+    run = script(args, own_url, file=copy_with(f"raise {kind}('mine')"))
     assert run.process.wait(9) == 1 and len(run.totals()) == 2
     assert run.errors().count("Traceback") == run.errors().count("in work\n") == 1
     assert "/nats/" not in run.errors()
     assert run.errors().endswith(f"{kind}: mine\nerror: on_message() failed: {kind}('mine')\n")
 
 
-def test_an_exception_during_an_outage_is_shown_too() -> None:
+def test_an_exception_in_work_in_an_outage_is_shown() -> None:
     line = "servers[0].kill(); await asyncio.sleep(1); raise ValueError('mine')"
     run = script(url=own_url, file=copy_with(line)).wait_for("Traceback")
     assert run.process.wait(9) == 1 and "ValueError: mine\nerror: no connection: " in run.errors()
 
 
-def test_any_exception_stops_the_server() -> None:
+def test_a_bug_in_the_script_stops_its_server() -> None:
     run = script(url=own_url, file=copy_with("pass", "typo=True")).wait_for("Traceback")
     assert run.process.wait(9) == 1 and not listens()
 
 
-def test_a_slow_consumer_ends_the_run() -> None:
+def test_a_subscriber_that_is_too_slow_fails() -> None:
     run = script(FLOOD, file=copy_with("await asyncio.sleep(1)", "pending_msgs_limit=9"))
     run.ends(error="nats: slow consumer.*", within=5)
     assert re.search("subscriber: [01] received\n", run.output())
@@ -535,7 +536,7 @@ def test_the_imported_script_runs_your_own_work() -> None:
     run.wait_for("working on Hello").ends()
 
 
-def test_the_readmes_copy_runs_your_own_work() -> None:
+def test_a_copy_as_in_the_readme_runs_your_own_work() -> None:
     serve(url=own_url)  # the copy starts none
     code = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
     Program(sys.executable, "-c", code).wait_for("working on").ends()
@@ -551,9 +552,9 @@ def test_readme_shows_what_happens(block: str) -> None:
         one.send(SIGSTOP)
     two = Program(sys.executable, *shlex.split(second)).ends(within=20)
     one.send(SIGCONT).ends(SIGINT)
-    numbers = r"\d+-\w{6}|\d+(\.\d+)?"  # they differ
+    numbers = r"\d+-\w{6}|\d+(\.\d+)?"
     for terminal, run in [("1", one), ("2", two)]:
         printed = iter(re.sub(numbers, "", run.output()).splitlines())
         outputs = re.findall(rf"{terminal}\$ .*\n((?:[^12].*\n)*)", block)
         for shown in re.sub(numbers, "", "".join(outputs)).splitlines():
-            assert shown and shown in printed  # `in` consumes it: they come in this order
+            assert shown and shown in printed  # in this order: `in` consumes it
