@@ -40,7 +40,7 @@ from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is a new one
 nc = Client()
-stop = asyncio.Event()  # set when publisher() has sent all, by a signal, error or closed stdout
+stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, Ctrl-C ends the run gracefully
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []
@@ -175,7 +175,7 @@ async def run(args: Namespace) -> None:
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
     if nc.is_closed:  # by the server, telling why
         raise nc.last_error or Error("closed")
-    if not nc.is_connected:  # still reconnecting: raise this
+    if not nc.is_connected:  # still reconnecting
         errors.insert(0, Error(f"no connection: {nc.last_error or Error('lost')!r}"))
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
@@ -191,8 +191,8 @@ def show(line: str) -> None:
         stop.set()
 
 
-# --- For your program, copy all above, write work(), replace args.message, and await run(),
-# once, with args as in main(). On Ctrl-C, set `stop` as on_signal() does, to drain.
+# --- For your program, copy all above, write work(), put your text for args.message, and
+# await run(args), once; for args see main(). To drain at Ctrl-C, set `stop`: see on_signal().
 def listening() -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
@@ -238,7 +238,7 @@ def main() -> None:
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
         graceful.clear()
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the loop has ended
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
     for number in [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]:

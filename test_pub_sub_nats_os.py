@@ -144,7 +144,7 @@ def test_wildcards_match_tokens() -> None:
     subscriber.wait_for("subscriber <- news.uk.a.b #1 ").ends(SIGINT)
 
 
-def test_latency_and_process_are_shown() -> None:
+def test_latency_and_process_with_a_unique_suffix_are_shown() -> None:
     began, subscriber = time.monotonic(), subscribe()
     publisher = publish("-c 1")
     publish("-c 1")
@@ -168,7 +168,7 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
 
 
 @mark.parametrize(
-    "message, encoding, shown",
+    "text, encoding, shown",
     [
         ("", "utf-8", ""),
         (' it\'s "é" C:\\new ✓ ', "utf-8", ' it\'s "é" C:\\new ✓ '),
@@ -177,9 +177,9 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("caf\udce9", "utf-8", "caf?"),  # the byte E9
     ],
 )
-def test_any_text_is_shown_escaped_or_replaced(message: str, encoding: str, shown: str) -> None:
+def test_all_texts_are_shown_some_escaped_or_replaced(text: str, encoding: str, shown: str) -> None:
     env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": encoding}
-    run = Program(sys.executable, SCRIPT, "-c1", "-m", message, env=env).ends()
+    run = Program(sys.executable, SCRIPT, "-c1", "-m", text, env=env).ends()
     assert f"-> greetings #1 {shown}\n" in run.output()
     assert f"<- greetings #1 {shown} (" in run.output()
 
