@@ -111,7 +111,7 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:
-            if nc.is_closed:  # CancelledError, by nc.close()
+            if nc.is_closed:  # nc.close() has cancelled work()
                 raise
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
@@ -123,7 +123,7 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # not refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # just a check: drain() notices a frozen server after 10 s
+        await nc.flush(timeout=3)  # raises if the server is frozen; drain() waits 10 s
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
@@ -191,8 +191,8 @@ def show(line: str) -> None:
         stop.set()
 
 
-# --- For your program, copy all above, write work(), put your text for args.message, and
-# await run(args), once; for args see main(). To drain at Ctrl-C, set `stop`: see on_signal().
+# --- For your program, copy all above, write work(), replace args.message in publisher(), and
+# await run(args) once, with args as in main(). At Ctrl-C, set `stop` as on_signal() does.
 def listening() -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
