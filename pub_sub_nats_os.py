@@ -87,7 +87,7 @@ async def subscriber(args: Namespace) -> None:
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
     # One message at a time; 524,288 more, or 128 MiB, wait in the client. Then it drops new ones
-    # (slow consumer), and the run ends. If work() blocks, the server cuts us off at 64 MiB or 10 s.
+    # (slow consumer): the run ends. If we block, the server keeps 64 MiB for 10 s, then closes.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -120,7 +120,7 @@ async def subscriber(args: Namespace) -> None:
         # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
         await flush()  # or we may miss messages
-        if not stop.is_set():  # not refused
+        if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
         await nc.flush(timeout=3)  # raises if the server is frozen; drain() waits 10 s
@@ -173,7 +173,7 @@ async def run(args: Namespace) -> None:
     graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
-    if nc.is_closed:  # by the server, telling why
+    if nc.is_closed:  # by the server
         raise nc.last_error or Error("closed")
     if not nc.is_connected:  # still reconnecting
         errors.insert(0, Error(f"no connection: {nc.last_error or Error('lost')!r}"))

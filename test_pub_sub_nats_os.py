@@ -144,7 +144,7 @@ def test_wildcards_match_tokens() -> None:
     subscriber.wait_for("subscriber <- news.uk.a.b #1 ").ends(SIGINT)
 
 
-def test_latency_and_a_process_name_unique_to_a_run_are_shown() -> None:
+def test_latency_is_shown_and_a_name_unique_to_each_process() -> None:
     began, subscriber = time.monotonic(), subscribe()
     publisher = publish("-c 1")
     publish("-c 1")
@@ -177,7 +177,7 @@ def test_a_bad_argument_is_told_with_status_2(args: str) -> None:
         ("caf\udce9", "utf-8", "caf?"),  # the byte E9
     ],
 )
-def test_all_texts_are_shown_some_escaped_or_replaced(text: str, encoding: str, shown: str) -> None:
+def test_what_the_terminal_cannot_show_is_escaped(text: str, encoding: str, shown: str) -> None:
     env = {**ENV, "NATS_URL": shared_url, "PYTHONIOENCODING": encoding}
     run = Program(sys.executable, SCRIPT, "-c1", "-m", text, env=env).ends()
     assert f"-> greetings #1 {shown}\n" in run.output()
@@ -333,7 +333,7 @@ OTHER_PASSWORD = "authorization { user: me, password: other }"
         (OTHER_PASSWORD, "", ".*Authorization Violation.*"),
     ],
 )
-def test_each_error_is_a_line_without_the_password(config: str, args: str, error: str) -> None:
+def test_each_error_is_one_line_and_hides_the_password(config: str, args: str, error: str) -> None:
     run = script(args, f"me:sesame@{serve(config)[0]}").ends(error=error)
     assert not re.search("listening|sesame", run.output() + run.errors())
 
@@ -358,7 +358,7 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
 
 
 @mark.parametrize("word, args, op", [("listening", "subscribe", "SUB"), ("sent", "publish", "PUB")])
-def test_listening_and_sent_are_shown_once_the_server_knows(word: str, args: str, op: str) -> None:
+def test_listening_and_sent_wait_until_the_server_confirms(word: str, args: str, op: str) -> None:
     url, server = serve("trace: true")
     script(args, url).wait_for(word)
     # Its log: SUB or PUB, then PING, which it answers
@@ -513,7 +513,7 @@ def test_an_exception_in_work_in_an_outage_is_shown() -> None:
     assert run.process.wait(9) == 1 and "ValueError: mine\nerror: no connection: " in run.errors()
 
 
-def test_a_crash_leaves_no_server_behind() -> None:
+def test_an_unexpected_exception_leaves_no_server() -> None:
     run = script(url=own_url, file=copy_with("pass", "no_such_option=1")).wait_for("Traceback")
     assert run.process.wait(9) == 1 and not listens()
 
