@@ -86,8 +86,8 @@ async def subscriber(args: Namespace) -> None:
     pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # publisher()'s
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # One message at a time; 524,288 more, or 128 MiB, wait in the client. Then it drops new ones
-    # (slow consumer): the run ends. If we block, the server keeps 64 MiB for 10 s, then closes.
+    # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
+    # consumer): the run ends. If work() blocks, the server holds 64 MiB or 10 s, then disconnects.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -111,7 +111,7 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:
-            if nc.is_closed:  # nc.close() has cancelled work()
+            if nc.is_closed:  # drain() failed, so nc.close() cancels work()
                 raise
             traceback.print_exc()
             fail(Error(f"on_message() failed: {error!r}"))
@@ -238,7 +238,7 @@ def main() -> None:
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
         graceful.clear()
-        with suppress(RuntimeError):  # the loop has ended
+        with suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
     for number in [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]:

@@ -219,7 +219,7 @@ def test_numbers_that_repeat_or_go_back_are_no_gaps() -> None:
 def test_other_programs_messages_are_shown_and_are_no_gaps() -> None:
     subscriber = subscribe()
     texts = ["", "> 1-a 4 1 Hi", "> 1-a 9 1 Hi"]  # our format, but quoted
-    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 999_999]  # too long for int(); 1 MB
+    texts += [f"1-a {'9' * 5000} 1 Hi", "k" * 1_048_558]  # no int(); with headers, 1 MiB
     asyncio.run(publish_raw(*[text.encode() for text in texts], b"\xff"))
     assert subscriber.ends(SIGINT).totals() == ["subscriber: 6 received, 0 lost"]
     assert re.findall("subscriber <- greetings (.*)", subscriber.output()) == [*texts, "\ufffd"]
