@@ -30,7 +30,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import suppress
 
@@ -38,7 +37,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is a new one
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, Ctrl-C ends the run gracefully
@@ -111,9 +110,9 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:
-            if nc.is_closed:  # drain() failed, so nc.close() cancels work()
-                raise
-            traceback.print_exc()
+            if nc.is_closed:
+                raise  # cancelled by nc.close() if drain() failed
+            sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
     try:
@@ -175,10 +174,11 @@ async def run(args: Namespace) -> None:
     await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
     if nc.is_closed:  # by the server
         raise nc.last_error or Error("closed")
-    if not nc.is_connected:  # still reconnecting
-        errors.insert(0, Error(f"no connection: {nc.last_error or Error('lost')!r}"))
+    reconnecting = not nc.is_connected
     with suppress(Exception):
         await asyncio.wait_for(nc.close(), 0.5)  # may hang
+    if reconnecting:
+        raise Error(f"no connection: {nc.last_error or Error('lost')!r}")
     if errors:
         raise errors[0]
 
