@@ -110,8 +110,8 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:
-            if nc.is_closed:
-                raise  # cancelled by nc.close() if drain() failed
+            if asyncio.current_task().cancelling():  # type: ignore
+                raise
             sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -152,7 +152,7 @@ async def run(args: Namespace) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
         if isinstance(error, (OSError, StaleConnectionError)):
-            return  # the connection broke
+            return  # it broke, or the server hangs
         fail(error)
 
     attempt = nc.connect(
