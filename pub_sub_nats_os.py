@@ -37,7 +37,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: restarted, it is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, Ctrl-C ends the run gracefully
@@ -111,7 +111,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:
             if asyncio.current_task().cancelling():  # type: ignore
-                raise
+                raise  # cancelled
             sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -152,7 +152,7 @@ async def run(args: Namespace) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
         if isinstance(error, (OSError, StaleConnectionError)):
-            return  # it broke, or the server hangs
+            return  # about to reconnect, or slow
         fail(error)
 
     attempt = nc.connect(
@@ -171,7 +171,7 @@ async def run(args: Namespace) -> None:
         raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
     graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
-    await asyncio.gather(*[role(args) for role in roles[args.role]])  # in this order
+    await asyncio.gather(*[role(args) for role in roles[args.role]])  # in order
     if nc.is_closed:  # by the server
         raise nc.last_error or Error("closed")
     reconnecting = not nc.is_connected
