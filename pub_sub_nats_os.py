@@ -37,7 +37,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: restarted, it is new
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restart is a new one
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, Ctrl-C ends the run gracefully
@@ -152,7 +152,7 @@ async def run(args: Namespace) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
         if isinstance(error, (OSError, StaleConnectionError)):
-            return  # about to reconnect, or slow
+            return  # the connection broke
         fail(error)
 
     attempt = nc.connect(
