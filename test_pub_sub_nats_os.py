@@ -60,7 +60,7 @@ class Program:  # a running command, with its output and errors in files
 
     def send(self, signum: int) -> Self:
         self.process.send_signal(signum)
-        if signum in [SIGSTOP, SIGKILL]:  # not at once
+        if signum in [SIGSTOP, SIGKILL]:  # later
             os.waitpid(self.process.pid, os.WUNTRACED)
         return self
 
@@ -114,7 +114,7 @@ def test_a_published_message_is_received() -> None:
 
 def test_on_another_subject_it_is_not_received() -> None:
     subscriber = subscribe("--subject weather")
-    publish("-c 1 --subject greetings")
+    publish("-c 1")
     assert subscriber.ends(SIGINT).totals() == ["subscriber: 0 received, 0 lost"]
 
 
@@ -135,7 +135,7 @@ def test_a_queue_group_shares_the_messages() -> None:
     publish("-c 40 -i 0")
     shares = [member.ends(SIGINT).output().count("<-") for member in members]
     assert sum(shares) == 40 and min(shares) > 0
-    assert "lost" not in members[0].output()  # gaps are no losses
+    assert "lost" not in members[0].output() + members[1].output()  # gaps are no losses
 
 
 def test_wildcards_match_tokens() -> None:
@@ -151,7 +151,7 @@ def test_latency_is_shown_and_a_name_unique_to_each_process() -> None:
     shown = r"\((\d+\.\d\d) ms from process (\d+)-(\w+)\)\n"
     (latency, pid, suffix), (_, _, other) = re.findall(shown, subscriber.ends(SIGINT).output())
     assert 0 < float(latency) < (time.monotonic() - began) * 1000
-    assert pid == str(publisher.process.pid) and suffix != other  # runs differ, process IDs may not
+    assert pid == str(publisher.process.pid) and suffix != other  # process IDs may be equal
 
 
 # Arguments and output
@@ -196,7 +196,7 @@ def test_gaps_are_told_for_each_process() -> None:
     subscriber = subscribe()
     asyncio.run(publish_raw(b"1-a 4 1 Hi", b"2-b 1000001 1 Hi", b"1-a 7 1 Hi", b"2-b 1000003 1 Hi"))
     output = subscriber.ends(SIGINT, error="3 messages lost").output()
-    assert " lost 2: #5 to #6 from process 1-a\nsubscriber <- greetings #7 Hi (" in output
+    assert "subscriber lost 2: #5 to #6 from process 1-a\nsubscriber <- greetings #7 Hi (" in output
     assert " lost 1: #1000002 to #1000002 from process 2-b\n" in output
     assert "subscriber: 4 received, 3 lost" in output
 
@@ -205,8 +205,8 @@ def test_quiet_shows_losses_but_no_messages() -> None:
     subscriber = subscribe("-q")
     asyncio.run(publish_raw(b"1-a 4 1 Hi", b"1-a 6 1 Hi", b"Hi"))
     output = subscriber.ends(SIGINT, error="1 messages lost").output()
-    assert " lost 1: #5 to #5 " in output and "<-" not in output
-    assert "->" not in publish("-q -c 1").output()
+    assert " lost 1: #5 to #5 " in output and "3 received, 1 lost" in output
+    assert "<-" not in output and "->" not in publish("-q -c 1").output()
 
 
 def test_numbers_that_repeat_or_go_back_are_no_gaps() -> None:
@@ -352,7 +352,7 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
         silent.settimeout(9)
         url = f"127.0.0.1:{silent.getsockname()[1]}"
         given_up, interrupted = script(url=url), script(url=url)
-        with silent.accept()[0], silent.accept()[0]:  # both are connected
+        with silent.accept()[0], silent.accept()[0]:
             interrupted.ends(SIGINT, error="interrupted", within=2)
             given_up.ends(error="no connection within 3 s: TimeoutError.*", within=5)
 
@@ -361,7 +361,7 @@ def test_connecting_ends_after_3_s_or_at_ctrl_c() -> None:
 def test_listening_and_sent_wait_until_the_server_confirms(word: str, args: str, op: str) -> None:
     url, server = serve("trace: true")
     script(args, url).wait_for(word)
-    # Its log: SUB or PUB, then PING, which it answers
+    # Its log; it answers PING
     assert re.search(rf"(?s){op} greetings.*<<- \[PING", server.errors())
 
 
@@ -396,7 +396,7 @@ def test_a_second_signal_ends_the_run_at_once() -> None:
     run = script(url=own_url, file=blocking).wait_for("blocking")
     run.send(SIGTERM).wait_for("blocking\n" * 99)
     run.ends(SIGINT, error="interrupted", within=2)
-    script("-c 1", own_url).wait_for("starting").ends()  # no server left
+    script("-c 1", own_url).wait_for("starting").ends()
 
 
 def test_ctrl_c_while_python_exits_is_quiet() -> None:
@@ -421,7 +421,7 @@ def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
 def test_ctrl_c_with_a_closed_pipe_is_quiet() -> None:
     run = script("subscribe", stdout=subprocess.PIPE)
     run.process.stdout.readline()
-    run.process.stdout.close()  # as Ctrl-C ends `| tee`
+    run.process.stdout.close()  # as `| tee`
     run.ends(SIGINT)
 
 
@@ -438,15 +438,16 @@ def test_ctrl_c_without_a_live_server_ends_in_an_error(role: str, fate: int, err
     assert "lost" not in run.output()  # unknown
 
 
-def test_a_short_freeze_loses_nothing_even_at_ctrl_c() -> None:
+@mark.parametrize("during", [0, SIGINT])
+def test_a_short_freeze_loses_nothing_even_at_ctrl_c(during: int) -> None:
     url, server = serve()
     run = script(f"-i 0.001 -c 9999 -m {'x' * 29999}", url).wait_for("<- greetings #3 ")
     server.send(SIGSTOP)
     time.sleep(1)  # its buffer fills
-    run.send(SIGINT)
+    run.send(during)
     time.sleep(1.5)
     server.send(SIGCONT)
-    assert run.ends().output().count("->") == run.output().count("<-")
+    assert run.ends(0 if during else SIGINT).output().count("->") == run.output().count("<-")
 
 
 def test_what_is_published_in_an_outage_arrives() -> None:
@@ -492,7 +493,7 @@ def test_a_publisher_that_finishes_in_an_outage_fails() -> None:
     run = script("publish -i 2 -c 2", url).wait_for("#1 ")
     server.send(SIGKILL)
     run.wait_for("disconnected")
-    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # it never answers
+    with socket.create_server(("127.0.0.1", int(url.split(":")[1]))):  # no answer
         run.ends(error=r"no connection: \w+\(.*")
 
 
@@ -537,7 +538,7 @@ def test_the_imported_script_runs_your_own_work() -> None:
 
 def test_a_copy_as_in_the_readme_runs_your_own_work() -> None:
     serve(url=own_url)  # the copy starts none
-    code = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING  # as it says
+    code = SOURCE.split("\n# ---")[0] + OWN_WORK + ENDING
     Program(sys.executable, "-c", code).wait_for("working on").ends()
 
 
