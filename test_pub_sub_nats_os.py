@@ -368,7 +368,7 @@ def test_listening_and_sent_wait_until_the_server_confirms(word: str, args: str,
 # Ctrl-C
 def copy_with(line: str, options: str = "") -> Path:
     """Copy the script with that line in work(), those options in subscribe()."""
-    source = re.sub('"""Your own work.*', line, SOURCE)
+    source = re.sub('"""Your work.*', line, SOURCE)
     assert line in source
     Path("mine.py").write_text(source.replace("cb=on_message", f"cb=on_message, {options}"))
     return Path("mine.py")
