@@ -13,7 +13,7 @@ The server delivers each message to all current subscribers of its subject, but
 to only one member of each queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So ours number their messages, and subscribers without --queue
-report gaps, but no lost first or last messages. To lose none, use JetStream.
+report gaps (not lost first or last messages). To lose none, use JetStream.
 
 Ctrl-C ends the run once pending messages are handled: exit status 0. A second,
 or one before we connect, ends it at once: status 1. Errors or losses: status 1.
@@ -45,13 +45,13 @@ servers: list[subprocess.Popen[bytes]] = []
 
 
 async def work(text: str) -> None:
-    """Your work on a message. It must not block: await what is slow."""
+    """Your work on a message. Don't block: await what is slow."""
 
 
 async def flush() -> None:
-    """PING the server, await PONG. Twice, as the client buffers messages, but not PING."""
-    await nc.flush(timeout=3)  # this PING may overtake the buffer
-    await nc.flush(timeout=3)  # not this one: the buffer is sent
+    """Wait until the server has all. One nc.flush() may miss what the client buffers."""
+    await nc.flush(timeout=3)  # meanwhile the client sends it
+    await nc.flush(timeout=3)  # now the server has it, too
 
 
 async def publisher(args: Namespace) -> None:
@@ -84,12 +84,12 @@ async def subscriber(args: Namespace) -> None:
     pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # publisher()'s
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
-    # consumer): the run ends. If work() blocks, the server holds 64 MiB, then disconnects.
+    # One message at a time; the client holds up to 524,288 more or 128 MiB, then drops new ones:
+    # slow consumer, the run ends. If work() blocks, the server holds up to 64 MiB, then disconnects.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
-            return
+            return  # dropped
         received += 1
         try:
             text = msg.data.decode(errors="replace")
@@ -121,7 +121,7 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # raises if the server is frozen; drain() awaits PONG for 10 s
+        await nc.flush(timeout=3)  # the server must answer in 3 s; drain() would wait 10
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
@@ -151,7 +151,7 @@ async def run(args: Namespace) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
         if isinstance(error, (OSError, StaleConnectionError)):
-            return  # the connection broke
+            return  # broken or stalled
         fail(error)
 
     attempt = nc.connect(
@@ -225,8 +225,8 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="hide messages")
-    words = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
-    args = parser.parse_args(words)
+    argv = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
+    args = parser.parse_args(argv)
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         parser.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
@@ -238,7 +238,7 @@ def main() -> None:
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
         graceful.clear()  # once
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # no loop
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
     for number in [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]:
