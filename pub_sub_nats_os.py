@@ -57,7 +57,7 @@ async def publisher(args: Namespace) -> None:
     """Publish until all is sent or `stop` is set."""
     sent = 0
     try:
-        await flush()  # so that in role `both` the server has the subscription, sent first
+        await flush()  # so that in role `both` the server has subscriber()'s subscription
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
@@ -123,12 +123,12 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    if args.queue or errors or not nc.is_connected:  # the rest goes to others, is dropped or missed
+    if args.queue or errors or not nc.is_connected:  # not all losses are known
         show(f"subscriber: {received} received")
     else:
         show(f"subscriber: {received} received, {lost} lost")
-    if lost:
-        fail(Error(f"{lost} messages lost"))
+        if lost:
+            fail(Error(f"{lost} messages lost"))
 
 
 def fail(error: Exception) -> None:
@@ -145,8 +145,8 @@ async def run(args: Namespace) -> None:
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
-    # If the connection breaks, the client keeps trying until the server is back, and resubscribes.
-    # Messages in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end it.
+    # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
+    # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
@@ -225,7 +225,7 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="hide messages")
-    args = cli.parse_args([a.encode(errors="replace").decode() for a in sys.argv[1:]])  # not UTF-8
+    args = cli.parse_args([a.encode(errors="replace").decode() for a in sys.argv[1:]])  # bad bytes
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         cli.error("-c must be >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
