@@ -88,7 +88,7 @@ async def subscriber(args: Namespace) -> None:
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
-            return  # dropped
+            return  # dropped, not counted
         received += 1
         try:
             text = msg.data.decode(errors="replace")
@@ -123,7 +123,7 @@ async def subscriber(args: Namespace) -> None:
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
     except Exception as error:
         fail(error)
-    if args.queue or errors or not nc.is_connected:  # not all losses are known
+    if args.queue or errors or not nc.is_connected:  # losses unknown
         show(f"subscriber: {received} received")
     else:
         show(f"subscriber: {received} received, {lost} lost")
