@@ -36,9 +36,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, StaleConnectionError
 
-PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restart is a new one
+PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
-stop = asyncio.Event()  # set by publisher() when all is sent, by signal, error or closed stdout
+stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful
 errors: list[Exception] = []  # the first ends the run
 
@@ -151,7 +151,7 @@ async def run(args: Namespace) -> None:
         if not nc.is_connected:
             return  # a failed attempt to reconnect
         if isinstance(error, (OSError, StaleConnectionError)):
-            return  # the connection broke or stalls
+            return  # the connection broke or stalled
         fail(error)
 
     attempt = nc.connect(
@@ -238,7 +238,7 @@ def main() -> None:
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
         graceful.clear()  # once
-        with suppress(RuntimeError):  # no loop
+        with suppress(RuntimeError):  # loop ended
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
     for number in [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]:

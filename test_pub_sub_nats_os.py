@@ -394,7 +394,7 @@ def test_a_second_signal_ends_the_run_at_once() -> None:
     run = script(url=own_url, file=blocking).wait_for("blocking")
     run.send(SIGTERM).wait_for("blocking\n" * 99)
     run.ends(SIGINT, error="interrupted", within=2)
-    script("-c 1", own_url).wait_for("starting").ends()
+    script("-c 1", own_url).wait_for("starting").ends()  # none was left
 
 
 def test_ctrl_c_while_python_exits_is_quiet() -> None:
@@ -419,7 +419,7 @@ def test_a_closed_pipe_ends_the_run_quietly(args: str) -> None:
 def test_ctrl_c_with_a_closed_pipe_is_quiet() -> None:
     run = script("subscribe", stdout=subprocess.PIPE)
     run.process.stdout.readline()
-    run.process.stdout.close()  # as `| tee`
+    run.process.stdout.close()  # as Ctrl-C ends `| tee`
     run.ends(SIGINT)
 
 
