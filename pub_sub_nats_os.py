@@ -41,7 +41,7 @@ nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful
 errors: list[Exception] = []  # the first ends the run
-servers: list[subprocess.Popen[bytes]] = []  # started
+servers: list[subprocess.Popen[bytes]] = []  # our nats-server
 
 
 async def work(text: str) -> None:
@@ -145,10 +145,10 @@ async def run(args: Namespace) -> None:  # raises what went wrong
             show("reconnected" if nc.is_connected else "disconnected")
 
     # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
-    # in flight are lost; new ones wait. Over 2 MiB, or other errors while connected, end the run.
+    # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
-            fail(error)
+            fail(error)  # neither a failed attempt to reconnect nor a break
 
     attempt = nc.connect(
         servers=args.server.split(","),
@@ -176,13 +176,13 @@ async def run(args: Namespace) -> None:  # raises what went wrong
             raise errors[0]
     finally:
         with suppress(Exception):
-            await asyncio.wait_for(nc.close(), 0.2)  # may hang; longer, a retry survives
+            await asyncio.wait_for(nc.close(), 0.2)  # may hang
 
 
 def show(line: str) -> None:
     try:
         print(line if line.isprintable() else repr(line)[1:-1], flush=True)
-    except OSError as error:  # no terminal
+    except OSError as error:  # closed terminal
         if isinstance(error, BrokenPipeError):  # no reader (| head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         stop.set()
@@ -190,6 +190,17 @@ def show(line: str) -> None:
 
 # --- For your program, copy all above, write work(), replace args.message in publisher(), and
 # await run(args) once, with args as in main(). At Ctrl-C, set `stop` as on_signal() does.
+def on_signal(*_: object) -> None:
+    if not graceful.is_set():
+        for server in servers:
+            server.kill()
+        os.write(2, b"error: interrupted\n")
+        os._exit(1)  # even if work() blocks
+    graceful.clear()
+    with suppress(RuntimeError):  # no loop
+        asyncio.get_running_loop().call_soon_threadsafe(stop.set)
+
+
 def listens() -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", 4222)) == 0
@@ -230,17 +241,6 @@ def main() -> None:
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         cli.error("need -c >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
-
-    def on_signal(*_: object) -> None:
-        if not graceful.is_set():
-            for server in servers:
-                server.kill()
-            os.write(2, b"error: interrupted\n")
-            os._exit(1)  # even if work() blocks
-        graceful.clear()
-        with suppress(RuntimeError):  # no loop
-            asyncio.get_running_loop().call_soon_threadsafe(stop.set)
-
     for number in signal.valid_signals() & {1, 2, 3, 15}:  # HUP, INT, QUIT, TERM
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, on_signal)
