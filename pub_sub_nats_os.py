@@ -72,7 +72,7 @@ async def publisher(args: Namespace) -> None:
                     await asyncio.wait_for(stop.wait(), args.interval)
             elif sent % 100 == 0:
                 await asyncio.sleep(0)  # let the client send
-        await flush()  # raises after 3 s; else the server has all, and who gets it is unknown
+        await flush()  # no PONG in 3 s: raises; else the server has all, who gets it is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -147,9 +147,9 @@ async def run(args: Namespace) -> None:  # raises what went wrong
     # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
     # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
-        broken = isinstance(error, (OSError, StaleConnectionError))
-        if nc.is_connected and not broken:
-            fail(error)
+        if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
+            return  # a failed attempt to reconnect, or the connection broke
+        fail(error)
 
     attempt = nc.connect(
         servers=args.server.split(","),
