@@ -39,7 +39,7 @@ from nats.errors import Error, StaleConnectionError
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
-interrupted = asyncio.Event()  # by a first Ctrl-C; a second ends the run at once
+interrupted = asyncio.Event()  # by a first Ctrl-C; a second ends it at once
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []  # our nats-server
 
@@ -72,7 +72,7 @@ async def publisher(args: Namespace) -> None:
                     await asyncio.wait_for(stop.wait(), args.interval)
             elif sent % 100 == 0:
                 await asyncio.sleep(0)  # let the client send
-        await flush()  # no PONG in 3 s: raises; else the server has all, who gets it is unknown
+        await flush()  # raises after 3 s, or the server has all; who gets it is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -85,7 +85,7 @@ async def subscriber(args: Namespace) -> None:
     expected = {PROCESS: 1}  # ours start at 1; others we join midway
 
     # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
-    # consumer): the run ends. If work() blocks, the server holds up to 64 MiB, then disconnects.
+    # consumer): the run ends. If work() blocks, the server holds 64 MiB for 10 s, then disconnects.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -108,20 +108,20 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:  # even sys.exit()
-            if nc.is_closed:
-                raise  # nc.close() cancels us
-            sys.excepthook(type(error), error, error.__traceback__)
+            if not nc.is_closed:  # else the client cancels work()
+                sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
     try:
         # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
-        await flush()  # or we may miss messages
+        await flush()  # or we may miss some
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
         await nc.flush(timeout=3)  # does the server answer? drain() needs 10 s to tell
         await sub.drain()  # unsubscribe, flush, handle what is pending; close() discards it
+        await flush()  # what work() published
     except Exception as error:
         fail(error)
     if args.queue or errors or not nc.is_connected:  # losses unknown
