@@ -39,7 +39,7 @@ from nats.errors import Error, StaleConnectionError
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
-interrupted = asyncio.Event()  # by a first Ctrl-C; a second ends it at once
+interrupted = asyncio.Event()  # by a first Ctrl-C; a second exits at once
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []  # our nats-server
 
@@ -108,14 +108,14 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:  # even sys.exit()
-            if not nc.is_closed:  # else the client cancels work()
+            if not nc.is_closed:  # closing nc cancels work(): no mistake
                 sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
     try:
         # A callback: `async for` makes a task per message, at a third of the speed.
         sub = await nc.subscribe(args.subject, queue=args.queue, cb=on_message)
-        await flush()  # or we may miss some
+        await flush()  # or we miss some
         if not stop.is_set():  # on_error() sets it if refused
             show(f"subscriber listening on {args.subject}")
         await stop.wait()
