@@ -38,7 +38,7 @@ from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
-stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
+stop = asyncio.Event()  # set by publisher() when done, a signal, error, closed stdout or connection
 interrupted = asyncio.Event()  # by a first Ctrl-C; a second exits at once
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []  # our nats-server
@@ -72,7 +72,7 @@ async def publisher(args: Namespace) -> None:
                     await asyncio.wait_for(stop.wait(), args.interval)
             elif sent % 100 == 0:
                 await asyncio.sleep(0)  # let the client send
-        await flush()  # raises after 3 s, or the server has all; who gets it is unknown
+        await flush()  # the server has all; who gets it is unknown
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -82,7 +82,7 @@ async def subscriber(args: Namespace) -> None:
     """Receive until `stop` is set, then flush and drain. Cancelling would skip them."""
     received = lost = 0
     pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
-    expected = {PROCESS: 1}  # ours start at 1; others we join midway
+    expected = {PROCESS: 1}  # of each process, the next number
 
     # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
     # consumer): the run ends. If work() blocks, the server holds 64 MiB for 10 s, then disconnects.
@@ -96,7 +96,7 @@ async def subscriber(args: Namespace) -> None:
             if match := pattern.fullmatch(text):  # else another program's
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
-                gap = seq - expected.get(name, seq)
+                gap = seq - expected.get(name, seq)  # no gap if new: we join midway
                 expected[name] = seq + 1
                 if gap > 0 and not args.queue:  # other members get the rest
                     lost += gap
@@ -108,7 +108,7 @@ async def subscriber(args: Namespace) -> None:
                 show(f"subscriber <- {msg.subject} {text}")
             await work(text)
         except BaseException as error:  # even sys.exit()
-            if not nc.is_closed:  # closing nc cancels work(): no mistake
+            if not nc.is_closed:  # closing nc cancels work()
                 sys.excepthook(type(error), error, error.__traceback__)
             fail(Error(f"on_message() failed: {error!r}"))
 
@@ -139,7 +139,7 @@ def fail(error: Exception) -> None:
 
 async def run(args: Namespace) -> None:  # raises what went wrong
     async def on_change() -> None:
-        if nc.is_closed:  # also at nc.close()
+        if nc.is_closed:
             stop.set()
         else:
             show("reconnected" if nc.is_connected else "disconnected")
@@ -148,7 +148,7 @@ async def run(args: Namespace) -> None:  # raises what went wrong
     # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # a failed attempt to reconnect, or the connection broke
+            return  # while disconnected, only reconnecting can fail; else the connection broke
         fail(error)
 
     attempt = nc.connect(
