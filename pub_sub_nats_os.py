@@ -15,8 +15,8 @@ nobody subscribes, a connection breaks, or a subscriber is too slow. Publishers
 are not notified. So ours number their messages, and subscribers without --queue
 report gaps; lost first or last ones leave no gap. To lose none, use JetStream.
 
-Ctrl-C ends the run once pending messages are handled: exit status 0 (before we
-connect: 1). A second one ends it at once: status 1. Errors or losses: status 1.
+Ctrl-C or closed output ends the run once pending messages are handled: status 0
+(before we connect: 1). A second Ctrl-C ends it at once: 1. Errors or losses: 1.
 """
 
 import asyncio
@@ -38,8 +38,8 @@ from nats.errors import Error, StaleConnectionError
 
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
-stop = asyncio.Event()  # set by publisher() when done, a signal, error, closed stdout or connection
-interrupted = asyncio.Event()  # by a first Ctrl-C; a second exits at once
+stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
+interrupted = asyncio.Event()  # by a first Ctrl-C; a second exits
 errors: list[Exception] = []  # the first ends the run
 servers: list[subprocess.Popen[bytes]] = []  # our nats-server
 
@@ -72,7 +72,7 @@ async def publisher(args: Namespace) -> None:
                     await asyncio.wait_for(stop.wait(), args.interval)
             elif sent % 100 == 0:
                 await asyncio.sleep(0)  # let the client send
-        await flush()  # the server has all; who gets it is unknown
+        await flush()  # the server has all, who gets it is unknown; if it raises, the rest is lost
     except Exception as error:
         fail(error)
     show(f"publisher: {sent} sent")
@@ -82,10 +82,10 @@ async def subscriber(args: Namespace) -> None:
     """Receive until `stop` is set, then flush and drain. Cancelling would skip them."""
     received = lost = 0
     pattern = re.compile("(?s)([0-9]+-[0-9a-f]+) ([0-9]{1,18}) ([0-9]{1,19}) (.*)")
-    expected = {PROCESS: 1}  # of each process, the next number
+    expected = {PROCESS: 1}  # ours start at 1
 
     # One message at a time; the client holds 524,288 more, or 128 MiB, then drops new ones (slow
-    # consumer): the run ends. If work() blocks, the server holds 64 MiB for 10 s, then disconnects.
+    # consumer): the run ends. If work() blocks, the server holds 64 MiB or 10 s, then disconnects.
     async def on_message(msg: Msg) -> None:
         nonlocal received, lost
         if errors:
@@ -96,7 +96,7 @@ async def subscriber(args: Namespace) -> None:
             if match := pattern.fullmatch(text):  # else another program's
                 name, number, sent_at, text = match.groups()
                 seq = int(number)
-                gap = seq - expected.get(name, seq)  # no gap if new: we join midway
+                gap = seq - expected[name] if name in expected else 0  # we join others midway
                 expected[name] = seq + 1
                 if gap > 0 and not args.queue:  # other members get the rest
                     lost += gap
@@ -145,10 +145,10 @@ async def run(args: Namespace) -> None:  # raises what went wrong
             show("reconnected" if nc.is_connected else "disconnected")
 
     # If the connection breaks, the client keeps trying until it is back, and resubscribes. Messages
-    # in flight are lost; new ones wait, up to 2 MiB or the run's end. Other errors end the run.
+    # in flight are lost; new ones wait, up to 2 MiB. Other errors while connected end the run.
     async def on_error(error: Exception) -> None:
         if not nc.is_connected or isinstance(error, (OSError, StaleConnectionError)):
-            return  # while disconnected, only reconnecting can fail; else the connection broke
+            return  # a failed attempt to reconnect, or the connection broke
         fail(error)
 
     attempt = nc.connect(
@@ -166,7 +166,7 @@ async def run(args: Namespace) -> None:  # raises what went wrong
     if interrupted.is_set():
         raise Error("interrupted")
     if not nc.is_connected:
-        raise Error(f"no connection within 3 s: {nc.last_error!r}")
+        raise Error(f"no connection within 3 s: {nc.last_error or 'no PONG'!r}")
     roles = {"both": [subscriber, publisher], "publish": [publisher], "subscribe": [subscriber]}
     try:
         await asyncio.gather(*[role(args) for role in roles[args.role]])  # subscriber first
@@ -221,7 +221,7 @@ def start_server() -> None:
     end = time.monotonic() + 3
     while not listens() and servers[0].poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    if not listens():  # ours, or a faster script's
+    if not listens():  # ours or a faster script's
         raise Error(f"nats-server does not listen, exit status {servers[0].poll()}")
 
 
