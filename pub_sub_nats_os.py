@@ -39,9 +39,9 @@ from nats.errors import Error, StaleConnectionError
 PROCESS = f"{os.getpid()}-{os.urandom(3).hex()}"  # unique: a restarted publisher is new
 nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
-interrupted = asyncio.Event()  # by a first Ctrl-C; a second exits
+interrupted = asyncio.Event()  # set by a first Ctrl-C; a second exits
 errors: list[Exception] = []  # the first ends the run
-servers: list[subprocess.Popen[bytes]] = []  # our nats-server
+servers: list[subprocess.Popen[bytes]] = []  # nats-server
 
 
 async def work(text: str) -> None:
