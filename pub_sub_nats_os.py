@@ -41,7 +41,7 @@ nc = Client()
 stop = asyncio.Event()  # set by publisher() when all is sent, by a signal, error or closed stdout
 interrupted = asyncio.Event()  # set by a first Ctrl-C; a second exits
 errors: list[Exception] = []  # the first ends the run
-servers: list[subprocess.Popen[bytes]] = []  # nats-server
+servers: list[subprocess.Popen[bytes]] = []
 
 
 async def work(text: str) -> None:
@@ -159,7 +159,7 @@ async def run(args: Namespace) -> None:  # raises what went wrong
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,  # type: ignore
         flush_timeout=0.5,  # or a frozen server holds up publish()
-        pedantic=True,  # the server checks the subject
+        pedantic=True,  # server checks the subject
     )
     with suppress(TimeoutError):
         await asyncio.wait_for(attempt, 3)
@@ -236,7 +236,8 @@ def main() -> None:
     add("-m", "--message", default="Hello, NATS!", help="text (%(default)s)")
     add("--queue", default="", help="queue group (none)")
     add("-q", "--quiet", action="store_true", help="hide messages")
-    args = cli.parse_args([a.encode(errors="replace").decode() for a in sys.argv[1:]])  # bad bytes
+    argv = [a.encode(errors="replace").decode() for a in sys.argv[1:]]  # bad bytes
+    args = cli.parse_args(argv)
     if args.count < 1 or not 0 <= args.interval < float("inf"):
         cli.error("need -c >= 1, 0 <= -i < inf")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
